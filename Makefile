@@ -1,0 +1,28 @@
+# Thin names for the scripts. Everything runs in .venv, made on first use.
+#
+#   make run  [PROFILE=smoke] [ARGS="01 --remeasure"]   execute the notebooks on this machine, print their tables
+#   make test [ARGS="-k records"]                       run the tests
+#   make lab                                            JupyterLab on the notebooks
+#   make check                                          lint, format, types, notebooks without outputs
+
+PYTHON ?= python3
+PROFILE ?= laptop
+BIN := .venv/bin
+
+.PHONY: run test lab check setup
+
+setup:
+	@$(PYTHON) scripts/bootstrap.py
+
+run: setup
+	@$(BIN)/python scripts/run.py --profile $(PROFILE) $(ARGS)
+
+test: setup
+	@$(BIN)/python -m pytest --numprocesses auto $(ARGS)
+
+# Lab asks for the token it prints; kernels speak to it encrypted.
+lab: setup
+	@$(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 --KernelManager.transport_encryption=auto notebooks
+
+check: setup
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/python scripts/strip_outputs.py --check

@@ -1,0 +1,10 @@
+"""The package of the workbook: a Transformer's systems, and what measures them.
+
+The rooms, from the ground up:
+
+- `model`, `loss`, `optimizer`, `attention/`: the systems that are measured; they know nothing of benchmarks.
+- `analysis/`: what a step must cost (FLOPs, bytes, roofline), and what hardware can do.
+- `bench/`: how to measure anything (grid, timing, memory, records, report); it knows nothing of models.
+- `experiments/`: one measured thing each, where the two meet.
+- `workbook/`: notebooks, profiles and the problem index.
+"""

@@ -1,0 +1,78 @@
+"""What others published for the same work, to stand beside what is measured here.
+
+The tables are in data/reference/, each with its source and hardware in the README there; this module knows which of
+their rows is which work. Times are in milliseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import MappingProxyType
+
+import pandas as pd
+
+from cs336_systems.model import TransformerConfig
+
+A100 = "A100 40 GB"
+H100 = "H100 80 GB"
+NAN = float("nan")
+
+# Standard setting: five warm-ups, vocabulary 10,000, TF32 off.
+_A100_TABLES = MappingProxyType(
+    {
+        ("forward", "none"): "e2e_forward_a100",
+        ("forward-backward", "none"): "e2e_forward_backward_a100",
+        ("step", "none"): "e2e_train_step_a100",
+        ("step", "bfloat16"): "e2e_train_step_bf16_autocast_a100",
+    }
+)
+_A100_FEW_WARMUPS = MappingProxyType({0: "e2e_forward_no_warmup_a100", 1: "e2e_forward_one_warmup_a100"})
+_H100_TABLE = "transformer_train_step_h100"
+
+
+class PublishedSteps:
+    """Published times of the handout's model sizes: A100 in eager float32 (and bf16 autocast), H100 full steps."""
+
+    def __init__(self, reference: Callable[[str], pd.DataFrame]) -> None:
+        """`reference` reads a table by its name."""
+        self._tables = {
+            name: reference(name) for name in (*_A100_TABLES.values(), *_A100_FEW_WARMUPS.values(), _H100_TABLE)
+        }
+        self._tables[_H100_TABLE] = self._tables[_H100_TABLE].assign(batch_size=4)
+
+    def beside(
+        self,
+        config: TransformerConfig,
+        *,
+        phase: str,
+        batch_size: int,
+        autocast: str = "none",
+        tf32: bool = False,
+        compiled: bool = False,
+        warmup: int = 5,
+    ) -> dict[str, float]:
+        """Columns `a100_ms`, `a100_std_ms` and `h100_ms`; NaN where nothing was published for this work."""
+        found = {"a100_ms": NAN, "a100_std_ms": NAN, "h100_ms": NAN}
+        if config.vocab_size != 10_000:
+            return found
+        table = _A100_TABLES.get((phase, autocast))
+        if warmup in _A100_FEW_WARMUPS:
+            table = _A100_FEW_WARMUPS[warmup] if (phase, autocast) == ("forward", "none") else None
+        if table is not None and not compiled and not tf32:
+            row = self._row(table, config, batch_size)
+            if row is not None:
+                found |= {"a100_ms": 1e3 * row["mean_s"], "a100_std_ms": 1e3 * row["std_s"]}
+        if (phase, autocast) == ("step", "none"):
+            column = ("compile" if compiled else "eager") + ("_tf32" if tf32 else "") + "_s"
+            row = self._row(_H100_TABLE, config, batch_size)
+            if row is not None and column in row:
+                found["h100_ms"] = 1e3 * row[column]
+        return found
+
+    def _row(self, table: str, config: TransformerConfig, batch_size: int) -> pd.Series | None:
+        """The row of the same model, context and batch, if the table has one."""
+        rows = self._tables[table]
+        rows = rows[rows["batch_size"] == batch_size]
+        for name in ("d_model", "d_ff", "num_layers", "num_heads", "context_length"):
+            rows = rows[rows[name] == getattr(config, name)]
+        return rows.iloc[0] if len(rows) else None

@@ -1,0 +1,55 @@
+"""The least time a piece of work can take on given hardware.
+
+    time ≥ max(FLOPs / matrix rate, DRAM bytes / bandwidth)
+
+A bound must hold for every implementation, so the bytes are the compulsory ones, and of those only what cannot
+have stayed in the last-level cache since the step before: of B distinct bytes that each step touches, at least
+B − cache must come from memory. Small models on a CPU live in its cache, and a bound without this term would be
+broken by them.
+
+Source: Williams, Waterman & Patterson 2009, "Roofline".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from cs336_systems.analysis.flops import Phase, Work, compulsory_bytes, phase_work, total
+from cs336_systems.analysis.hardware import Peaks
+from cs336_systems.model import TransformerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """The floor of a time, and which ceiling sets it."""
+
+    seconds: float
+    limited_by: str
+    """"compute" or "memory"."""
+
+
+def bound(work: Work, peaks: Peaks, precision: str) -> Bound:
+    """The floor of `work`, its products running in `precision` and its bytes being distinct."""
+    compute_s = work.flops / peaks.rate(precision)
+    memory_s = max(0, work.bytes - peaks.cache_bytes) / peaks.bandwidth_bytes_per_s
+    return Bound(max(compute_s, memory_s), "memory" if memory_s > compute_s else "compute")
+
+
+def step_bound(
+    config: TransformerConfig,
+    phase: Phase,
+    batch_size: int,
+    seq_len: int,
+    peaks: Peaks,
+    precision: str,
+    *,
+    parameter_itemsize: int = 4,
+    logits_itemsize: int = 4,
+    skips_masked: bool = False,
+) -> Bound:
+    """The floor of one phase of the Transformer: all its products at the matrix rate, or its compulsory bytes."""
+    flops = total(phase_work(config, phase, batch_size, seq_len, skips_masked=skips_masked).values()).flops
+    distinct = compulsory_bytes(
+        config, phase, batch_size, seq_len, itemsize=parameter_itemsize, logits_itemsize=logits_itemsize
+    )
+    return bound(Work(flops, distinct), peaks, precision)

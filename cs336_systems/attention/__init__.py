@@ -1,0 +1,1 @@
+"""Attention: the materialised reference, and the implementations that are chosen by name."""

@@ -1,0 +1,1 @@
+"""How to measure anything: grid, timing, memory, records, progress, report. It knows nothing of models."""

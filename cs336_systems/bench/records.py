@@ -1,0 +1,379 @@
+"""Records: append-only, self-describing, one file per run; the only room that touches `data/`.
+
+    data/local/<machine>/<experiment>/<run>.jsonl   this checkout's own runs
+    data/<machine>/<experiment>.jsonl               published, merged from chosen runs, committed
+    data/reference/<name>.csv                       figures that others published
+
+A run's file begins with its context, then has one line per finished case, synced to the disk before the next begins.
+No two runs share a file, so any number may write at once, here or on a shared file system, and a run that is killed
+can tear at most its own last line. Every record line carries what is needed to use it again (case, fingerprint), so
+that it survives the loss of its context.
+
+A reader merges runs: of a case's records the newest good one wins, good being ok, oom and skipped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import secrets
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import pandas as pd
+
+from cs336_systems.bench.machine import Machine
+from cs336_systems.errors import UserError, WorkbookWarning, unknown_name
+from cs336_systems.repository import repository_root
+
+SCHEMA = 1
+Status = Literal["ok", "oom", "skipped", "failed"]
+STATUSES: tuple[Status, ...] = get_args(Status)
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """What measuring one case gave: raw samples by name (`forward_ms`, `warmup_ms`), and single values."""
+
+    samples: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    values: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One finished case."""
+
+    experiment: str
+    machine: str
+    run: str
+    case: dict[str, Any]
+    status: Status
+    reason: str | None
+    measurement: Measurement
+    noise: dict[str, Any]
+    fingerprint: dict[str, Any]
+    finished_utc: str
+    seconds: float
+    """How long the case took, set-up included."""
+    traceback: str | None = None
+
+    @property
+    def key(self) -> str:
+        return case_key(self.case)
+
+    @property
+    def is_good(self) -> bool:
+        return self.status != "failed"
+
+    def stale_reasons(self, current: Mapping[str, Any], *, same_machine: bool = True) -> list[str]:
+        """Why this record no longer speaks of `current`; empty if it does.
+
+        A record of another machine is only asked for its source: other versions there are no fault of its own.
+        """
+        then, now = self.fingerprint.get("source") or {}, current["source"]
+        reasons = [f"{name} changed" for name in sorted({*then, *now}) if then.get(name) != now.get(name)]
+        if same_machine:
+            reasons += [
+                f"{name} {self.fingerprint.get(name)} → {current.get(name)}"
+                for name in ("torch", "triton", "device")
+                if self.fingerprint.get(name) != current.get(name)
+            ]
+        return reasons
+
+
+def case_key(case: Mapping[str, Any]) -> str:
+    """The identity of a case: its fields as JSON in a fixed order."""
+    return json.dumps(case, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def newest_good(records: Iterable[Record]) -> dict[str, Record]:
+    """Per case the newest good record, or the newest failed one where none is good."""
+    winners: dict[str, Record] = {}
+    for record in records:
+        rival = winners.get(record.key)
+        if rival is None or (record.is_good, record.finished_utc) > (rival.is_good, rival.finished_utc):
+            winners[record.key] = record
+    return winners
+
+
+# Lines ---------------------------------------------------------------------------------------------------------
+
+
+def _to_line(kind: str, content: Mapping[str, Any]) -> bytes:
+    return (json.dumps({"schema": SCHEMA, "kind": kind, **content}, allow_nan=False) + "\n").encode()
+
+
+def _record_line(record: Record) -> bytes:
+    return _to_line("case", dataclasses.asdict(record))
+
+
+def _record_from(line: dict[str, Any]) -> Record:
+    fields = {field.name for field in dataclasses.fields(Record)}
+    content = {name: value for name, value in line.items() if name in fields}
+    content["measurement"] = Measurement(**content["measurement"])
+    record = Record(**content)
+    if record.status not in STATUSES or not isinstance(record.case, dict):
+        raise ValueError(f"status {record.status!r}")
+    return record
+
+
+def read_lines(path: Path) -> tuple[dict[str, dict[str, Any]], list[Record]]:
+    """The contexts by run, and the records, of one file; a damaged line is skipped with a warning.
+
+    Raises:
+        UserError: the file cannot be read, or was written by a newer version of the workbook.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read the records {path}: {error.strerror}") from error
+    contexts: dict[str, dict[str, Any]] = {}
+    records: list[Record] = []
+    for number, raw in enumerate(content.split(b"\n"), start=1):
+        if not raw.strip():
+            continue
+        try:
+            line = json.loads(raw)
+            schema = line["schema"]
+        except (ValueError, TypeError, KeyError):
+            warnings.warn(f"{path}:{number} is damaged and was skipped", WorkbookWarning, stacklevel=2)
+            continue
+        if not isinstance(schema, int) or schema > SCHEMA:
+            raise UserError(
+                f"{path}:{number} has schema {schema!r}, and this version of the workbook reads up to {SCHEMA}: "
+                "update the checkout, or move the file away"
+            )
+        try:
+            if line["kind"] == "context":
+                contexts[line["run"]] = line
+            else:
+                records.append(_record_from(line))
+        except (ValueError, TypeError, KeyError):
+            warnings.warn(f"{path}:{number} is damaged and was skipped", WorkbookWarning, stacklevel=2)
+    return contexts, records
+
+
+class RunWriter:
+    """Appends the records of one run to its own file."""
+
+    def __init__(self, path: Path, experiment: str, machine: str, run: str, context: dict[str, Any]) -> None:
+        self.path, self.experiment, self.machine, self.run = path, experiment, machine, run
+        try:
+            self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o644)
+        except OSError as error:
+            raise _cannot_write(path, error) from error
+        self._good_bytes = 0
+        self.records = 0
+        try:
+            self._append(_to_line("context", {"run": run, "experiment": experiment, "machine": machine, **context}))
+        except BaseException:
+            self.close()
+            raise
+
+    def append(self, record: Record) -> None:
+        """Write one record and wait until it is on the disk.
+
+        Raises:
+            UserError: it could not be written; all records before it are safe, and nothing of it remains.
+        """
+        self._append(_record_line(record))
+        self.records += 1
+
+    def _append(self, line: bytes) -> None:
+        try:
+            written = 0
+            while written < len(line):
+                written += os.write(self._descriptor, line[written:])
+            os.fsync(self._descriptor)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._descriptor, self._good_bytes)  # works on a full disk too
+                os.lseek(self._descriptor, self._good_bytes, os.SEEK_SET)
+            raise _cannot_write(self.path, error) from error
+        self._good_bytes += len(line)
+
+    def close(self) -> None:
+        """Close the file; one without a single record is removed."""
+        os.close(self._descriptor)
+        if self.records == 0:
+            with contextlib.suppress(OSError):
+                self.path.unlink()
+
+    def __enter__(self) -> RunWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _cannot_write(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"cannot write {path}: {error.strerror}. Every record finished before is safe; "
+        "make room or give a writable folder (--data-dir, CS336_DATA), and run again for what is missing"
+    )
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace `path` by `content` in one step: a reader, or a crash, finds the old file or the new one.
+
+    Raises:
+        UserError: the folder or the file cannot be written; the old file is untouched.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise _cannot_write(path, error) from error
+
+
+# The store -----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Store:
+    """The records of one checkout."""
+
+    local: Path
+    published: Path
+
+    @classmethod
+    def default(cls) -> Store:
+        """The checkout's own; the environment variable CS336_DATA moves the local part elsewhere."""
+        data = repository_root() / "data"
+        told = os.environ.get("CS336_DATA")
+        return cls(local=Path(told).absolute() if told else data / "local", published=data)
+
+    def begin_run(self, machine: Machine, experiment: str, context: dict[str, Any]) -> RunWriter:
+        """A new file for a new run.
+
+        Raises:
+            UserError: the folder cannot be written, or its machine.json is of another machine.
+        """
+        folder = self.local / machine.name / experiment
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _cannot_write(folder, error) from error
+        self._check_machine(self.local / machine.name / "machine.json", machine)
+        run = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
+        return RunWriter(folder / f"{run}.jsonl", experiment, machine.name, run, context)
+
+    @staticmethod
+    def _check_machine(path: Path, machine: Machine) -> None:
+        if not path.exists():
+            content = {"name": machine.name, **machine.description}
+            write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+            return
+        known = _read_json(path)
+        for name, value in machine.description.items():
+            if known.get(name) != value:
+                raise UserError(
+                    f"{path} describes another machine: {name} is {known.get(name)!r} there and {value!r} here. "
+                    "Give these records a folder of their own (--data-dir, CS336_DATA), or remove the old ones"
+                )
+
+    def local_records(self, machine: str, experiment: str) -> dict[str, Record]:
+        """The winning record of every case that this checkout measured on `machine`, by case key."""
+        return newest_good(record for _, records in self._local_runs(machine, experiment) for record in records)
+
+    def _local_runs(self, machine: str, experiment: str) -> Iterator[tuple[dict[str, dict[str, Any]], list[Record]]]:
+        for path in sorted((self.local / machine / experiment).glob("*.jsonl")):
+            yield read_lines(path)
+
+    def published_records(self, experiment: str) -> dict[str, dict[str, Record]]:
+        """Per machine that published `experiment`, its records by case key."""
+        return {
+            path.parent.name: newest_good(read_lines(path)[1])
+            for path in sorted(self.published.glob(f"*/{experiment}.jsonl"))
+            if path.parent.name not in ("local", "reference")
+        }
+
+    def local_machines(self) -> dict[str, list[str]]:
+        """The experiments this checkout has run files of, per machine."""
+        found: dict[str, list[str]] = {}
+        for path in sorted(self.local.glob("*/*/*.jsonl")):
+            experiments = found.setdefault(path.parents[1].name, [])
+            if path.parent.name not in experiments:
+                experiments.append(path.parent.name)
+        return found
+
+    def published_machine(self, machine: str) -> dict[str, Any]:
+        """What the machine.json of a machine that published says of its hardware."""
+        return _read_json(self.published / machine / "machine.json")
+
+    def published_context(self, machine: str, experiment: str) -> dict[str, dict[str, Any]]:
+        """The contexts of the published runs of `experiment` on `machine`, by run."""
+        path = self.published / machine / f"{experiment}.jsonl"
+        return read_lines(path)[0] if path.is_file() else {}
+
+    def publish(self, machine: str, experiment: str, runs: Iterable[str] | None = None) -> tuple[Path, int]:
+        """Merge local runs (all, or those named) into the published file; returns it and its number of records.
+
+        Deterministic: the same records give the same bytes.
+
+        Raises:
+            UserError: there is no such run, or the published machine.json is of another machine.
+        """
+        contexts: dict[str, dict[str, Any]] = {}
+        records: list[Record] = []
+        chosen = None if runs is None else set(runs)
+        available: set[str] = set()
+        for run_contexts, run_records in self._local_runs(machine, experiment):
+            available |= {record.run for record in run_records}
+            contexts |= run_contexts
+            records += [record for record in run_records if chosen is None or record.run in chosen]
+        missing = (chosen or set()) - available
+        if missing:
+            raise unknown_name(f"run of {experiment} on {machine}", sorted(missing)[0], sorted(available))
+        if not records:
+            raise UserError(f"no records of {experiment} on {machine} in {self.local}: measure first")
+        path = self.published / machine / f"{experiment}.jsonl"
+        if path.is_file():
+            published_contexts, published_records = read_lines(path)
+            contexts = published_contexts | contexts
+            records += published_records
+        own = _read_json(self.local / machine / "machine.json")
+        description = {name: value for name, value in own.items() if name != "name"}
+        self._check_machine(path.with_name("machine.json"), Machine(machine, "", description))
+        winners = sorted(newest_good(records).values(), key=lambda record: record.key)
+        used = sorted({record.run for record in winners} & contexts.keys())
+        lines = [_to_line("context", _without_schema(contexts[run])) for run in used]
+        lines += [_record_line(record) for record in winners]
+        write_atomically(path, b"".join(lines))
+        return path, len(winners)
+
+    def reference(self, name: str) -> pd.DataFrame:
+        """A table that others published, as in data/reference/README.md."""
+        folder = self.published / "reference"
+        path = folder / f"{name}.csv"
+        if not path.is_file():
+            raise unknown_name("reference table", name, sorted(found.stem for found in folder.glob("*.csv")))
+        return pd.read_csv(path)
+
+
+def _without_schema(line: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in line.items() if name not in ("schema", "kind")}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}): remove it, and it is written anew") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON object: remove it, and it is written anew")
+    return content

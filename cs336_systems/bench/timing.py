@@ -1,0 +1,115 @@
+"""Timing steps: every sample kept, warm-ups kept apart.
+
+Work on a GPU is asynchronous: a clock that is read before the device is done times the launch. So every step ends with
+a synchronisation, inside the timed region (wall clock), and on a GPU a pair of CUDA events around the step tells the
+device's own time beside it. Python's garbage collector is off meanwhile, as in `timeit`.
+
+Source: CS336 assignment 2, section 1.1.3; the samples and warm-ups as in pyperf.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from cs336_systems.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """The times of repeated steps in milliseconds, in the order they ran."""
+
+    warmup_ms: tuple[float, ...]
+    samples_ms: tuple[float, ...]
+    device_ms: tuple[float, ...] = ()
+    """The measured steps by CUDA events; empty on a CPU."""
+
+
+def synchronize(device: str) -> None:
+    """Wait until the device has finished everything it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def time_steps(
+    step: Callable[[], object],
+    *,
+    warmup: int,
+    steps: int,
+    device: str,
+    on_step: Callable[[], object] = lambda: None,
+) -> Timing:
+    """Run `step` `warmup` + `steps` times, timing each; `on_step` is called after each, outside the timed region.
+
+    Raises:
+        UserError: fewer than one measured step, or a negative number of warm-ups.
+    """
+    if steps < 1 or warmup < 0:
+        raise UserError(f"expected at least 1 measured step and 0 warm-ups, found {steps} and {warmup}")
+    wall_ms: list[float] = []
+    device_ms: list[float] = []
+    with no_garbage_collection():
+        synchronize(device)
+        for _ in range(warmup + steps):
+            elapsed = _time_on_gpu(step) if device == "cuda" else (_time_on_cpu(step), None)
+            wall_ms.append(elapsed[0])
+            if elapsed[1] is not None:
+                device_ms.append(elapsed[1])
+            on_step()
+    return Timing(tuple(wall_ms[:warmup]), tuple(wall_ms[warmup:]), tuple(device_ms[warmup:]))
+
+
+def _time_on_cpu(step: Callable[[], object]) -> float:
+    start = time.perf_counter_ns()
+    step()
+    return (time.perf_counter_ns() - start) / 1e6
+
+
+def _time_on_gpu(step: Callable[[], object]) -> tuple[float, float]:
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start = time.perf_counter_ns()
+    begin.record()
+    step()
+    end.record()
+    torch.cuda.synchronize()
+    return (time.perf_counter_ns() - start) / 1e6, begin.elapsed_time(end)
+
+
+@contextlib.contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Collect once, then not again until the end."""
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """What a table says of a list of samples; the handout asks for mean and standard deviation."""
+
+    mean: float
+    std: float
+    """Sample standard deviation (n − 1); NaN for a single sample."""
+    median: float
+    minimum: float
+
+
+def describe(samples: Sequence[float]) -> Statistics:
+    """Mean, standard deviation, median and minimum of at least one sample."""
+    return Statistics(
+        mean=statistics.fmean(samples),
+        std=statistics.stdev(samples) if len(samples) > 1 else float("nan"),
+        median=statistics.median(samples),
+        minimum=min(samples),
+    )

@@ -1,0 +1,399 @@
+"""The time of a Transformer's forward pass, forward and backward, and whole training step.
+
+Problem `benchmarking_script`. A model with random weights sees random tokens; every step ends with a synchronisation.
+
+- forward: the model alone, with autograd on, as in training.
+- forward-backward: gradients cleared, forward, cross-entropy, backward.
+- step: the same, then AdamW.
+
+Each measured time stands beside its floor (`analysis/roofline.py`) and what others published for the same work.
+
+Source: CS336 assignment 2, section 1.1.3.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+import torch
+
+from cs336_systems.analysis import flops
+from cs336_systems.analysis.hardware import Peaks, product_precision
+from cs336_systems.analysis.published import PublishedSteps
+from cs336_systems.analysis.roofline import step_bound
+from cs336_systems.bench import grid as grids
+from cs336_systems.bench.allocator import PeakMemory, describe_memory
+from cs336_systems.bench.machine import available_memory_bytes, resolve_device
+from cs336_systems.bench.records import Measurement, Record, Store
+from cs336_systems.bench.report import bytes_in_words
+from cs336_systems.bench.sweep import OnPart, OutOfMemory
+from cs336_systems.bench.timing import describe, time_steps
+from cs336_systems.errors import UserError, unknown_name
+from cs336_systems.experiments import machine_peaks
+from cs336_systems.loss import FORMULATIONS as LOSSES
+from cs336_systems.model import SIZES, TransformerConfig, build_model, check_choices, model_size
+from cs336_systems.object_reference import is_object_reference
+from cs336_systems.optimizer import build_optimizer
+
+DTYPES = ("float32", "bfloat16", "float16")
+AUTOCAST = ("none", "bfloat16", "float16")
+FLOAT32_MATMUL = ("highest", "high")
+
+LAPTOP_CONTEXTS: Mapping[str, Sequence[int]] = {"tiny": [128, 256], "mini": [128], "small": [128]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One timed step. All of it is checked on creation.
+
+    Raises:
+        UserError: a value that cannot be; the message names it and lists what can.
+    """
+
+    d_model: int
+    d_ff: int
+    num_layers: int
+    num_heads: int
+    context_length: int
+    device: str
+    vocab_size: int = 10_000
+    rope_theta: float = 10_000.0
+    batch_size: int = 4
+    phase: str = "step"
+    dtype: str = "float32"
+    autocast: str = "none"
+    float32_matmul: str = "highest"
+    """PyTorch's float32_matmul_precision: "high" lets float32 products run in TF32."""
+    compile: bool = False
+    attention: str = "reference"
+    formulation: str = "reference"
+    optimizer: str = "reference"
+    rope: str = "2025"
+    model: str | None = None
+    """Somebody else's model as `module:Class`; None for ours."""
+    warmup: int = 5
+    steps: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _ = self.config  # validates the sizes
+        check_choices(self.rope, self.formulation)
+        for name, known in (
+            ("phase", flops.PHASES),
+            ("dtype", DTYPES),
+            ("autocast", AUTOCAST),
+            ("float32_matmul", FLOAT32_MATMUL),
+            ("device", ("cpu", "cuda")),
+        ):
+            if getattr(self, name) not in known:
+                raise unknown_name(name, getattr(self, name), known)
+        for name, least in (("batch_size", 1), ("warmup", 0), ("steps", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise UserError(f"{name} must be a whole number of at least {least}, found {value!r}")
+
+    @property
+    def config(self) -> TransformerConfig:
+        return TransformerConfig(
+            self.d_model,
+            self.d_ff,
+            self.num_layers,
+            self.num_heads,
+            self.vocab_size,
+            self.context_length,
+            self.rope_theta,
+        )
+
+    @property
+    def size(self) -> str:
+        """The name of the size, whatever its context length, or "custom"."""
+        return size_name(self.config)
+
+    @property
+    def object_references(self) -> tuple[str, ...]:
+        """Implementations from outside, whose source a record depends on."""
+        return tuple(name for name in (self.model, self.attention) if name is not None and is_object_reference(name))
+
+    def __str__(self) -> str:
+        return f"{self.size}, context {self.context_length}, {self.phase}"
+
+
+def size_name(config: TransformerConfig) -> str:
+    """The name under which `SIZES` has this model, or "custom"."""
+    for name, size in SIZES.items():
+        if dataclasses.replace(config, context_length=size.context_length) == size:
+            return name
+    return "custom"
+
+
+def grid(
+    *,
+    contexts: Mapping[str, Sequence[int]] = LAPTOP_CONTEXTS,
+    phases: Sequence[str] = flops.PHASES,
+    batch_size: int = 4,
+    dtype: str = "float32",
+    autocast: str | Sequence[str] = "none",
+    float32_matmul: str | Sequence[str] = "highest",
+    compile: bool | Sequence[bool] = False,
+    attention: str | Sequence[str] = "reference",
+    formulation: str | Sequence[str] = "reference",
+    optimizer: str = "reference",
+    rope: str = "2025",
+    model: str | None = None,
+    device: str = "auto",
+    warmup: int = 2,
+    steps: int = 3,
+    seed: int = 0,
+) -> list[grids.Cell[Case]]:
+    """Sizes × contexts × phases, and whatever other axis is given several values.
+
+    Args:
+        contexts: the context lengths of each size, by its name.
+
+    Raises:
+        UserError: an unknown name or an impossible value.
+    """
+    if not isinstance(contexts, Mapping) or not contexts:
+        raise UserError(f"contexts must map size names to lists of context lengths, found {contexts!r}")
+    cells: list[grids.Cell[Case]] = []
+    for name, lengths in contexts.items():
+        size = model_size(name)
+        cells += grids.product(
+            Case,
+            d_model=size.d_model,
+            d_ff=size.d_ff,
+            num_layers=size.num_layers,
+            num_heads=size.num_heads,
+            vocab_size=size.vocab_size,
+            context_length=lengths,
+            phase=phases,
+            batch_size=batch_size,
+            dtype=dtype,
+            autocast=autocast,
+            float32_matmul=float32_matmul,
+            compile=compile,
+            attention=attention,
+            formulation=formulation,
+            optimizer=optimizer,
+            rope=rope,
+            model=model,
+            device=resolve_device(device),
+            warmup=warmup,
+            steps=steps,
+            seed=seed,
+        )
+    return cells
+
+
+# Measuring -----------------------------------------------------------------------------------------------------
+
+
+def measure(case: Case, on_part: OnPart) -> Measurement:
+    """Time the steps of one case, and the peak of memory over set-up and steps.
+
+    Samples: `step_ms`, `warmup_ms`, and on a GPU `device_ms` by CUDA events. Values: `PeakMemory`'s.
+
+    Raises:
+        OutOfMemory: weights, gradients and optimizer state alone exceed what is available.
+    """
+    require_memory(case)
+    torch.manual_seed(case.seed)
+    done = 0
+
+    def count_step() -> None:
+        nonlocal done
+        done += 1
+        on_part(done / (case.warmup + case.steps))
+
+    with PeakMemory(case.device) as memory, float32_matmul_precision(case.float32_matmul):
+        timing = time_steps(
+            build_step(case), warmup=case.warmup, steps=case.steps, device=case.device, on_step=count_step
+        )
+    samples = {"step_ms": timing.samples_ms, "warmup_ms": timing.warmup_ms, "device_ms": timing.device_ms}
+    return Measurement(
+        samples={name: list(values) for name, values in samples.items() if values}, values=dict(memory.values)
+    )
+
+
+def require_memory(case: Case) -> None:
+    """Refuse what cannot fit, in a moment instead of after minutes of initialisation.
+
+    Raises:
+        OutOfMemory: what the phase must hold at once is more than the device has left.
+    """
+    phase = checked_phase(case)
+    needed = flops.resident_bytes(case.config, phase, itemsize=getattr(torch, case.dtype).itemsize)
+    available = available_memory_bytes() if case.device == "cpu" else torch.cuda.mem_get_info()[0]
+    if needed > available:
+        raise OutOfMemory(
+            f"{case} needs at least {bytes_in_words(needed)} for weights, gradients and optimizer state, "
+            f"and {bytes_in_words(available)} are available"
+        )
+
+
+def build_step(case: Case) -> Callable[[], object]:
+    """The step of a case: model, batch and optimizer are made here, outside the timed region."""
+    with torch.device(case.device):
+        model = build_model(
+            case.config,
+            model=case.model,
+            rope=case.rope,  # type: ignore[arg-type]
+            attention=case.attention,
+            formulation=case.formulation,  # type: ignore[arg-type]
+        ).to(device=case.device, dtype=getattr(torch, case.dtype))
+        tokens, targets = torch.randint(case.vocab_size, (2, case.batch_size, case.context_length))
+    optimizer = build_optimizer(case.optimizer, model.parameters())
+    cross_entropy = LOSSES[case.formulation]
+    if case.compile:
+        torch.compiler.reset()  # nothing compiled by an earlier case is used
+    forward_model = torch.compile(model) if case.compile else model
+
+    def autocast() -> contextlib.AbstractContextManager[Any]:
+        if case.autocast == "none":
+            return contextlib.nullcontext()
+        return torch.autocast(case.device, dtype=getattr(torch, case.autocast))
+
+    def forward() -> object:
+        with autocast():
+            return forward_model(tokens)
+
+    def forward_backward() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with autocast():
+            loss = cross_entropy(forward_model(tokens), targets)
+        loss.backward()
+
+    def step() -> None:
+        forward_backward()
+        optimizer.step()
+
+    return {"forward": forward, "forward-backward": forward_backward, "step": step}[case.phase]
+
+
+@contextlib.contextmanager
+def float32_matmul_precision(precision: str) -> Iterator[None]:
+    """Set PyTorch's float32 matmul precision, and set it back."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def checked_phase(case: Case) -> flops.Phase:
+    return next(phase for phase in flops.PHASES if phase == case.phase)
+
+
+# Summarising ---------------------------------------------------------------------------------------------------
+
+
+def bound_ms(case: Case, peaks: Peaks) -> tuple[float, str]:
+    """The floor of one step in milliseconds, and the ceiling that sets it; (NaN, "") where a ceiling is unknown."""
+    precision = product_precision(case.dtype, case.autocast, case.float32_matmul)
+    if precision not in peaks.matmul_flops_per_s:
+        return float("nan"), ""
+    floor = step_bound(
+        case.config,
+        checked_phase(case),
+        case.batch_size,
+        case.context_length,
+        peaks,
+        precision,
+        parameter_itemsize=getattr(torch, case.dtype).itemsize,
+        logits_itemsize=getattr(torch, case.dtype if case.autocast == "none" else case.autocast).itemsize,
+        # Only the materialised reference is known to compute what the mask removes.
+        skips_masked=case.attention != "reference" or case.model is not None,
+    )
+    return floor.seconds * 1e3, floor.limited_by
+
+
+def predicted_seconds(case: Case, peaks: Peaks, slowdown: float) -> float:
+    """How long measuring a case should take, if steps take `slowdown` times their floor."""
+    floor_ms, _ = bound_ms(case, peaks)
+    return (case.warmup + case.steps) * floor_ms * slowdown / 1e3
+
+
+def predict(cases: Sequence[Case], peaks: Peaks) -> pd.DataFrame:
+    """One row per case: parameters, FLOPs, compulsory bytes and floor, from the architecture alone."""
+    rows = []
+    for case in cases:
+        phase = checked_phase(case)
+        floor_ms, limited_by = bound_ms(case, peaks)
+        work = flops.total(flops.phase_work(case.config, phase, case.batch_size, case.context_length).values())
+        rows.append(
+            {
+                "size": case.size,
+                **dataclasses.asdict(case),
+                "parameters": sum(flops.parameters(case.config).values()),
+                "flops": work.flops,
+                "bytes": flops.compulsory_bytes(case.config, phase, case.batch_size, case.context_length),
+                "bound_ms": floor_ms,
+                "bound_by": limited_by,
+                "ceilings": peaks.name,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def published_summaries(store: Store | None = None) -> pd.DataFrame:
+    """The published records of every machine whose ceilings are known, as one summary; empty if there are none."""
+    store = store or Store.default()
+    summaries = []
+    for machine, records in store.published_records("transformer_step").items():
+        peaks = machine_peaks.published_peaks(machine, store)
+        if peaks is not None:
+            summaries.append(summarise(list(records.values()), peaks, store=store))
+    return pd.concat(summaries, ignore_index=True) if summaries else pd.DataFrame()
+
+
+def summarise(
+    records: Sequence[Record],
+    peaks: Peaks,
+    *,
+    store: Store | None = None,
+    fingerprint: Mapping[str, Any] | None = None,
+) -> pd.DataFrame:
+    """One row per record: its times in milliseconds, floor, peak memory, and what others published.
+
+    `fingerprint`: the current one; with it, stale records are marked.
+    """
+    store = store or Store.default()
+    published = PublishedSteps(store.reference)
+    rows = []
+    for record in records:
+        case = Case(**record.case)
+        statistics = describe(record.measurement.samples["step_ms"]) if record.status == "ok" else None
+        floor_ms, limited_by = bound_ms(case, peaks)
+        work = flops.phase_work(case.config, checked_phase(case), case.batch_size, case.context_length)
+        row = {
+            "size": case.size,
+            **record.case,
+            "machine": record.machine,
+            "status": record.status,
+            "reason": record.reason,
+            "mean_ms": statistics.mean if statistics else float("nan"),
+            "std_ms": statistics.std if statistics else float("nan"),
+            "median_ms": statistics.median if statistics else float("nan"),
+            "bound_ms": floor_ms,
+            "bound_by": limited_by,
+            "flops": flops.total(work.values()).flops,
+            "peak_bytes": describe_memory(record.measurement.values),
+            "noise": "; ".join(record.noise.get("flags", [])),
+            "stale": "; ".join(record.stale_reasons(fingerprint)) if fingerprint else "",
+            **published.beside(
+                case.config,
+                phase=case.phase,
+                batch_size=case.batch_size,
+                autocast=case.autocast,
+                tf32=case.float32_matmul == "high",
+                compiled=case.compile,
+                warmup=case.warmup,
+            ),
+        }
+        rows.append(row | {"times_bound": row["median_ms"] / floor_ms})
+    return pd.DataFrame(rows)

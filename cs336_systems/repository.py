@@ -1,0 +1,39 @@
+"""Where the repository is, whatever the working directory.
+
+JupyterLab starts a kernel in the notebook's folder, papermill in the caller's, pytest anywhere: every path of
+the workbook is resolved from here.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from cs336_systems.errors import UserError
+
+MARKER = "problems.toml"
+"""The file that only the repository's root has."""
+
+
+def repository_root() -> Path:
+    """The root of the checkout that this package belongs to.
+
+    An editable install lies in the checkout. A package installed elsewhere is told by the environment
+    variable CS336_ROOT, or finds the checkout around the working directory.
+
+    Raises:
+        UserError: neither place is a checkout.
+    """
+    told = os.environ.get("CS336_ROOT")
+    if told:
+        if (Path(told) / MARKER).is_file():
+            return Path(told).resolve()
+        raise UserError(f"CS336_ROOT is {told!r}, but there is no {MARKER} in it: set it to the checkout's root")
+    around = Path.cwd()
+    for candidate in (Path(__file__).resolve().parents[1], around, *around.parents):
+        if (candidate / MARKER).is_file():
+            return candidate
+    raise UserError(
+        f"expected a checkout of the workbook around {around}, found none: "
+        "run inside the checkout, or set CS336_ROOT to its root"
+    )

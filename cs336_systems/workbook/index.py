@@ -1,0 +1,155 @@
+"""The problem index: what problems.toml says, checked, and as tables.
+
+The problem id is the primary key for readers: searching the repository for one tells its whole story.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cs336_systems.bench.report import MISSING
+from cs336_systems.errors import UserError, unknown_name
+from cs336_systems.repository import MARKER, repository_root
+
+YEARS = ("2025", "2026")
+STATES = ("built", "planned")
+README_BEGIN = "<!-- problem index: begin, written by scripts/problems.py --write-readme -->"
+README_END = "<!-- problem index: end -->"
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One problem of the assignment, or a neighbouring system."""
+
+    id: str
+    title: str
+    state: str
+    notebook: str
+    points: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """By year; a year that does not ask it is absent."""
+    code: tuple[str, ...] = ()
+    tests: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Notebook:
+    """One notebook, there or planned."""
+
+    name: str
+    title: str
+    experiments: tuple[str, ...] = ()
+
+    @property
+    def path(self) -> Path:
+        return repository_root() / "notebooks" / f"{self.name}.ipynb"
+
+
+@dataclasses.dataclass(frozen=True)
+class Index:
+    """All problems and notebooks, in the handouts' order."""
+
+    problems: Mapping[str, Problem]
+    notebooks: Mapping[str, Notebook]
+
+    def notebooks_there(self) -> list[Notebook]:
+        return [notebook for notebook in self.notebooks.values() if notebook.path.is_file()]
+
+    def notebook(self, name_or_number: str) -> Notebook:
+        """A notebook that is there, by its name, its number (`1`, `01`) or its file.
+
+        Raises:
+            UserError: there is none; the message lists those that are.
+        """
+        wanted = Path(name_or_number).name.removesuffix(".ipynb")
+        there = self.notebooks_there()
+        for notebook in there:
+            number = notebook.name.partition("_")[0]
+            if wanted == notebook.name or (wanted.isdigit() and int(wanted) == int(number)):
+                return notebook
+        raise unknown_name("notebook", name_or_number, [notebook.name for notebook in there])
+
+
+def load_index(path: Path | None = None) -> Index:
+    """problems.toml, checked.
+
+    Raises:
+        UserError: it cannot be read, or an entry is not as it should be; the message names the place.
+    """
+    path = path or repository_root() / MARKER
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    notebooks = {name: _entry(Notebook, path, name=name, **entry) for name, entry in content["notebooks"].items()}
+    problems = {name: _entry(Problem, path, id=name, **entry) for name, entry in content["problems"].items()}
+    for problem in problems.values():
+        if problem.state not in STATES:
+            raise unknown_name(f"state of {problem.id} in {path}", problem.state, STATES)
+        if problem.notebook not in notebooks:
+            raise unknown_name(f"notebook of {problem.id} in {path}", problem.notebook, notebooks)
+        for year in problem.points:
+            if year not in YEARS:
+                raise unknown_name(f"year of {problem.id} in {path}", year, YEARS)
+    return Index(problems, notebooks)
+
+
+def _entry(kind: type[Any], path: Path, **entry: Any) -> Any:
+    known = [field.name for field in dataclasses.fields(kind)]
+    for name in entry:
+        if name not in known:
+            raise unknown_name(f"key of {next(iter(entry.values()))!r} in {path}", name, known)
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()}
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise UserError(f"{path}: {next(iter(entry.values()))!r} is incomplete: {error}") from error
+
+
+def points_text(problem: Problem, year: str) -> str:
+    return str(problem.points[year]) if year in problem.points else MISSING
+
+
+def readme_index(index: Index) -> str:
+    """The index as the README has it: a Markdown table with links, between its two markers."""
+    lines = [
+        README_BEGIN,
+        "",
+        "| problem | 2025 | 2026 | notebook | code | tests | state |",
+        "| --- | ---: | ---: | --- | --- | --- | --- |",
+    ]
+    for problem in index.problems.values():
+        notebook = index.notebooks[problem.notebook]
+        number = notebook.name.partition("_")[0]
+        shown = f"[{number}](notebooks/{notebook.name}.ipynb)" if notebook.path.is_file() else number
+        cells = (
+            f"`{problem.id}`",
+            points_text(problem, "2025"),
+            points_text(problem, "2026"),
+            shown,
+            _links(problem.code),
+            _links(problem.tests),
+            problem.state,
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", README_END])
+
+
+def _links(paths: tuple[str, ...]) -> str:
+    return ", ".join(f"[{Path(path).stem}]({path})" for path in paths) or MISSING
+
+
+def with_readme_index(readme: str, index: Index) -> str:
+    """`readme` with the generated index between its markers.
+
+    Raises:
+        UserError: the markers are missing.
+    """
+    before, begin, rest = readme.partition(README_BEGIN)
+    _, end, after = rest.partition(README_END)
+    if not begin or not end:
+        raise UserError(f"the README lacks the lines {README_BEGIN!r} and {README_END!r} around the index")
+    return before + readme_index(index) + after

@@ -1,0 +1,78 @@
+#!/usr/bin/env python3
+"""Measure experiments without notebooks, for machines with PyTorch but no Jupyter.
+
+    python scripts/measure.py transformer_step                    one experiment at laptop size
+    python scripts/measure.py --all --profile h200                everything a profile names
+
+The grids are those of the notebooks. A call can be stopped at any time; the same call again goes on with what is
+missing or stale.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from cs336_systems.bench import sweep
+from cs336_systems.bench.records import Store
+from cs336_systems.errors import UserError, run_command
+from cs336_systems.experiments import experiment_names, grid_parameters, load_experiment, machine_peaks
+from cs336_systems.presentation import load_presentation
+from cs336_systems.workbook.index import load_index
+from cs336_systems.workbook.profiles import LAPTOP, experiments_of, load_profile
+
+
+def main(argv: list[str] | None) -> int:
+    arguments = parse(argv)
+    if arguments.list:
+        print("\n".join(experiment_names()))
+        return 0
+    if bool(arguments.experiments) == arguments.all:
+        raise UserError("name the experiments to measure, or --all for everything the profile names, not both")
+    load_profile(arguments.profile)
+    of_profile = experiments_of(arguments.profile, load_index())
+    for name in arguments.experiments:
+        load_experiment(name)  # a misspelt name ends the run before anything is measured
+    if arguments.data_dir is not None:
+        os.environ["CS336_DATA"] = str(arguments.data_dir.absolute())
+    store = Store.default()
+    failed = 0
+    for name in of_profile if arguments.all else arguments.experiments:
+        failed += measure(name, of_profile.get(name, {}), arguments.device, arguments.remeasure, store)
+    return 1 if failed else 0
+
+
+def measure(name: str, grid_arguments: dict[str, object], device: str | None, remeasure: bool, store: Store) -> int:
+    """Measure one experiment and print its table; returns how many cases failed."""
+    experiment = load_experiment(name)
+    if device is not None and "device" in grid_parameters(experiment):
+        grid_arguments = grid_arguments | {"device": device}
+    cells = experiment.grid(**grid_arguments)
+    outcome = sweep.run(experiment, cells, store=store, remeasure=remeasure, parameters=grid_arguments)
+    peaks = None
+    if experiment is not machine_peaks and cells:
+        peaks = machine_peaks.ensure_peaks(cells[0].case.device, store)
+    summary = experiment.summarise(outcome.records, peaks, store=store)
+    print(f"\n{load_presentation(name).table(summary)}\n", flush=True)
+    counted = ", ".join(f"{count} {what}" for what, count in outcome.counts.items() if count)
+    print(f"{name}: {counted}; records in {store.local}", flush=True)
+    for record in outcome.failed:
+        print(f"failed: {record.case}: {record.reason}", flush=True)
+    return len(outcome.failed)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help="names, as --list gives them")
+    parser.add_argument("--profile", default=LAPTOP, help=f"a folder of configs/profiles (default: {LAPTOP})")
+    parser.add_argument("--all", action="store_true", help="everything the profile names")
+    parser.add_argument("--list", action="store_true", help="list the experiments, and do nothing")
+    parser.add_argument("--device", help="cpu, cuda or auto, instead of the profile's")
+    parser.add_argument("--remeasure", action="store_true", help="measure again what has a fresh record")
+    parser.add_argument("--data-dir", type=Path, help="keep records there, not in data/local")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,181 @@
+#!/usr/bin/env python3
+"""Execute notebooks on this machine with papermill, save the executed copies, and print their tables.
+
+python scripts/run.py                       every notebook at laptop size
+python scripts/run.py 01 --profile h200     one notebook, with the parameters of a profile
+python scripts/run.py 01 -p steps 10        one parameter given by hand
+python scripts/run.py --dry-run             what would be measured, and about how long it takes
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from cs336_systems.bench.records import Store
+from cs336_systems.bench.report import Column, Table, number, seconds_in_words
+from cs336_systems.errors import run_command
+from cs336_systems.repository import repository_root
+from cs336_systems.workbook.index import Index, Notebook, load_index
+from cs336_systems.workbook.plan import ASSUMED_SLOWDOWN, plan_experiment
+from cs336_systems.workbook.profiles import (
+    LAPTOP,
+    SMOKE,
+    experiment_arguments,
+    load_profile,
+    names_notebook,
+    notebook_parameters,
+    parse_overrides,
+    profile_names,
+    profile_parameters,
+)
+from cs336_systems.workbook.run import NotebookRun, execute
+
+
+def main(argv: list[str] | None) -> int:
+    arguments = parse(argv)
+    index = load_index()
+    if arguments.list:
+        print_list(index)
+        return 0
+    profile = load_profile(arguments.profile)
+    overrides = parse_overrides(arguments.parameter)
+    chosen = [index.notebook(name) for name in arguments.notebooks] or [
+        notebook for notebook in index.notebooks_there() if names_notebook(profile.name, notebook)
+    ]
+    parameters = {notebook: profile_parameters(profile.name, notebook, overrides) for notebook in chosen}
+    with local_data(arguments.data_dir, temporary=profile.name == SMOKE) as is_temporary:
+        if arguments.dry_run:
+            print_plan(chosen, parameters, profile.name)
+            return 0
+        if arguments.remeasure:
+            os.environ["CS336_REMEASURE"] = "1"
+        runs: list[NotebookRun] = []
+        for notebook in chosen:
+            runs.append(execute(notebook, parameters[notebook], Store.default().local / "notebooks" / profile.name))
+            print(f"\n## {notebook.name}: {notebook.title}\n")
+            print("\n\n".join(runs[-1].texts))
+            if runs[-1].error:
+                print(f"\nfailed: {runs[-1].error}")
+            if arguments.fail_fast and not runs[-1].ok:
+                break
+        print(f"\n{runs_table(runs)}\n")
+        print_places(is_temporary)
+    return 0 if all(run.ok for run in runs) else 1
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="names or numbers; all by default")
+    parser.add_argument("--profile", default=LAPTOP, help=f"a folder of configs/profiles (default: {LAPTOP})")
+    parser.add_argument(
+        "-p",
+        "--parameter",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "VALUE"),
+        help="set one parameter",
+    )
+    parser.add_argument("--list", action="store_true", help="list notebooks and profiles, and do nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print the cases and the predicted minutes, and stop")
+    parser.add_argument("--remeasure", action="store_true", help="measure again what has a fresh record")
+    parser.add_argument("--fail-fast", action="store_true", help="stop at the first notebook that fails")
+    parser.add_argument("--data-dir", type=Path, help="keep records and executed notebooks there, not in data/local")
+    return parser.parse_args(argv)
+
+
+@contextlib.contextmanager
+def local_data(folder: Path | None, *, temporary: bool) -> Iterator[bool]:
+    """Say by CS336_DATA where this run's records go; whether that is a folder which ends with the run."""
+    with contextlib.ExitStack() as stack:
+        is_temporary = temporary and folder is None
+        if is_temporary:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cs336-smoke-")))
+        if folder is not None:
+            os.environ["CS336_DATA"] = str(folder.absolute())
+        yield is_temporary
+
+
+def print_list(index: Index) -> None:
+    there = index.notebooks_there()
+    print("Notebooks:")
+    for notebook in index.notebooks.values():
+        print(f"  {notebook.name:26}  {notebook.title}{'' if notebook in there else ' (planned)'}")
+    print("\nProfiles:")
+    for name in profile_names():
+        print(f"  {name:26}  {load_profile(name).description}")
+
+
+def print_plan(chosen: list[Notebook], parameters: dict[Notebook, dict[str, object]], profile_name: str) -> None:
+    store, profile = Store.default(), load_profile(profile_name)
+    plans = [
+        plan_experiment(
+            name,
+            experiment_arguments(name, notebook_parameters(notebook) | parameters[notebook]),
+            profile,
+            store,
+        )
+        for notebook in chosen
+        for name in notebook.experiments
+    ]
+    columns = [
+        Column("experiment", lambda row: row.experiment, "left"),
+        Column("cases", lambda row: str(row.cases)),
+        Column("skipped", lambda row: str(row.skipped)),
+        Column("recorded", lambda row: str(row.recorded)),
+        Column("minutes", lambda row: number(row.minutes, 2)),
+    ]
+    print(Table.of(pd.DataFrame(plans), columns, caption=f"What profile {profile_name} would do"))
+    print(
+        "\nMinutes are predicted for the steps of what has no record: their floor times what this machine's records "
+        f"say (without records: {ASSUMED_SLOWDOWN:g}). Building models and starting processes comes on top; cases "
+        "that run out of memory cost little."
+    )
+
+
+def _count(row: Any, status: str) -> str:
+    return str(row.counts[status])
+
+
+def runs_table(runs: list[NotebookRun]) -> Table:
+    columns = [
+        Column("notebook", lambda row: row.name, "left"),
+        *(Column(status, partial(_count, status=status)) for status in ("ok", "reused", "oom", "skipped", "failed")),
+        Column("time", lambda row: seconds_in_words(row.seconds)),
+        Column("executed copy", lambda row: row.output, "left"),
+    ]
+    rows = [
+        {
+            "name": run.notebook.name,
+            "counts": run.counts,
+            "seconds": run.seconds,
+            "output": shown_path(run.output),
+        }
+        for run in runs
+    ]
+    return Table.of(pd.DataFrame(rows), columns, caption="Cases by notebook")
+
+
+def print_places(is_temporary: bool) -> None:
+    store = Store.default()
+    for machine, experiments in store.local_machines().items():
+        print(f"records of {machine}: {shown_path(store.local / machine)} ({', '.join(experiments)})")
+    if is_temporary:
+        print("That folder was temporary and is gone now; --data-dir FOLDER keeps one.")
+
+
+def shown_path(path: Path) -> str:
+    return str(path.relative_to(repository_root()) if path.is_relative_to(repository_root()) else path)
+
+
+if __name__ == "__main__":
+    run_command(main)
