@@ -7,7 +7,7 @@ for one from outside with the signature of `AttentionFunction`.
 from __future__ import annotations
 
 from types import MappingProxyType
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,6 +17,7 @@ from cs336_systems.errors import unknown_name
 from cs336_systems.object_reference import is_object_reference, load_object
 
 
+@runtime_checkable
 class AttentionFunction(Protocol):
     """What the model calls: query, key and value of shape (batch, heads, length, head_dim)."""
 
