@@ -17,6 +17,7 @@ import io
 import os
 import platform
 import shutil
+import statistics
 import subprocess
 import sys
 import textwrap
@@ -321,8 +322,7 @@ def relative_spread(samples: list[float]) -> float:
     """Interquartile range over median; 0 for fewer than three samples, which show no spread."""
     if len(samples) < 3:
         return 0.0
-    ordered = torch.tensor(sorted(samples), dtype=torch.float64)
-    low, middle, high = ordered.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
+    low, middle, high = statistics.quantiles(samples, n=4, method="inclusive")
     return (high - low) / middle if middle > 0 else 0.0
 
 

@@ -40,7 +40,12 @@ def measure_in_fresh_process(experiment: ModuleType, case: Any, *, timeout_s: fl
     """
     with tempfile.TemporaryDirectory(prefix="cs336-case-") as folder:
         answer = Path(folder) / "answer.json"
-        request = {"experiment": experiment.__name__, "case": dataclasses.asdict(case), "answer": str(answer)}
+        request = {
+            "experiment": experiment.__name__,
+            "case": dataclasses.asdict(case),
+            "answer": str(answer),
+            "parent": os.getpid(),
+        }
         environment = {name: value for name, value in os.environ.items() if name != EVENTS_VARIABLE}
         with subprocess.Popen(
             [sys.executable, "-m", __name__],
@@ -72,9 +77,8 @@ def measure_in_fresh_process(experiment: ModuleType, case: Any, *, timeout_s: fl
     return Measurement(**content["measurement"])
 
 
-def _die_with_parent() -> None:
-    """End this process when its parent is gone: nothing would read its answer."""
-    parent = os.getppid()
+def _die_with(parent: int) -> None:
+    """End this process when its parent is gone, even before it began: nothing would read its answer."""
 
     def watch() -> None:
         while os.getppid() == parent and psutil.pid_exists(parent):
@@ -85,8 +89,8 @@ def _die_with_parent() -> None:
 
 
 def _child() -> None:
-    _die_with_parent()
     request = json.loads(sys.stdin.read())
+    _die_with(request["parent"])
     experiment = importlib.import_module(request["experiment"])
     case = experiment.Case(**request["case"])
     try:

@@ -1,0 +1,79 @@
+"""Peak memory sees what was allocated and freed again, and a cap turns too much into an error."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from cs336_systems.bench import allocator
+from cs336_systems.bench.allocator import PeakMemory, describe_memory, is_out_of_memory, memory_cap
+
+MIB = 2**20
+
+
+def test_the_peak_on_a_cpu_counts_memory_that_was_freed_again() -> None:
+    with PeakMemory("cpu") as memory:
+        block = torch.ones(256 * MIB, dtype=torch.uint8)
+        del block
+    growth = memory.values["growth_resident_bytes"]
+    assert 250 * MIB <= growth <= 320 * MIB
+    assert memory.values["peak_resident_bytes"] > growth
+
+
+def test_a_second_region_does_not_see_the_peak_of_the_first() -> None:
+    with PeakMemory("cpu") as first:
+        torch.ones(256 * MIB, dtype=torch.uint8)
+    with PeakMemory("cpu") as second:
+        torch.ones(32 * MIB, dtype=torch.uint8)
+    assert second.values["growth_resident_bytes"] < first.values["growth_resident_bytes"] / 2
+
+
+def test_without_the_kernels_own_mark_samples_find_a_peak_that_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refused:
+        def write_text(self, _: str) -> None:
+            raise OSError("read-only")
+
+    monkeypatch.setattr(allocator, "_CLEAR_REFS", Refused())
+    monkeypatch.setattr(allocator._ResidentPeak, "INTERVAL_S", 0.001)
+    with PeakMemory("cpu") as memory:
+        for _ in range(20):
+            torch.ones(128 * MIB, dtype=torch.uint8)
+    assert memory.values["growth_resident_bytes"] > 100 * MIB
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the cap is Linux's")
+def test_beyond_the_cap_an_allocation_raises_and_after_it_the_same_allocation_works() -> None:
+    with memory_cap("cpu", headroom_bytes=64 * MIB), pytest.raises(RuntimeError) as caught:
+        torch.ones(512 * MIB, dtype=torch.uint8)
+    assert is_out_of_memory(caught.value)
+    assert torch.ones(512 * MIB, dtype=torch.uint8).sum() == 512 * MIB
+
+
+@pytest.mark.parametrize(
+    ("error", "means_it"),
+    [
+        (MemoryError(), True),
+        (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate"), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), True),
+        (RuntimeError("shapes cannot be multiplied"), False),
+        (ValueError("CUDA out of memory"), False),
+    ],
+)
+def test_out_of_memory_is_told_from_other_errors(error: Exception, means_it: bool) -> None:
+    assert is_out_of_memory(error) is means_it
+
+
+def test_the_peak_to_show_is_the_allocators_on_a_gpu_and_the_growth_on_a_cpu() -> None:
+    assert describe_memory({"peak_allocated_bytes": 5, "peak_reserved_bytes": 9}) == 5
+    assert describe_memory({"peak_resident_bytes": 9, "growth_resident_bytes": 4}) == 4
+    assert describe_memory({}) is None
+
+
+@pytest.mark.gpu
+def test_the_peak_on_a_gpu_is_the_allocators_own() -> None:
+    with PeakMemory("cuda") as memory:
+        torch.ones(256 * MIB, dtype=torch.uint8, device="cuda")
+    assert memory.values["peak_allocated_bytes"] >= 256 * MIB
+    assert memory.values["peak_reserved_bytes"] >= memory.values["peak_allocated_bytes"]

@@ -1,0 +1,36 @@
+"""Warm-ups are studied in fresh processes."""
+
+from __future__ import annotations
+
+import pytest
+
+from cs336_systems.analysis.hardware import Peaks
+from cs336_systems.bench import sweep
+from cs336_systems.bench.records import Store
+from cs336_systems.experiments import warmup
+from cs336_systems.presentation import warmup as presentation
+
+pytestmark = pytest.mark.problem("benchmarking_script")
+
+PEAKS = Peaks("toy-1c", {"float32": 1e12}, 1e11, 0, 2**33, "made up for a test")
+
+
+def test_the_grid_has_every_number_of_warm_ups_for_every_size() -> None:
+    cells = warmup.grid(warmup_contexts={"tiny": [16, 32], "mini": [16]}, warmup_counts=[0, 5])
+    assert len(cells) == 2 * 3
+    assert {cell.case.warmup for cell in cells} == {0, 5}
+
+
+@pytest.mark.slow
+def test_every_case_is_a_process_of_its_own_whose_first_step_is_seen(store: Store) -> None:
+    cells = warmup.grid(warmup_contexts={"tiny": [16]}, warmup_counts=[0, 2], warmup_steps=4, device="cpu")
+    outcome = sweep.run(warmup, cells, store=store)
+    assert [record.status for record in outcome.records] == ["ok", "ok"]
+    summary = warmup.summarise(outcome.records, PEAKS, store=store)
+    assert [len(times) for times in summary["steps_ms"]] == [4, 6]
+    # What a process pays once is a property of every first step: the kernels it has to load.
+    assert all(times[0] > min(times[1:]) for times in summary["steps_ms"])
+    text = str(presentation.table(summary))
+    assert "each row a fresh process" in text
+    assert "first step of a process takes" in str(presentation.findings(summary))
+    assert len(presentation.figure(summary).axes) == 1

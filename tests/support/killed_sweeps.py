@@ -1,0 +1,50 @@
+"""Start a sweep, kill it with SIGKILL at a random moment, and do so again: `killed_sweeps.py DATA KILLS SEED CASES`.
+
+Children are forked from this process, which has imported everything and started no thread, so that a kill costs
+milliseconds. Prints, per kill, how many cases the child had announced as saved.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import toy_experiment
+
+from cs336_systems.bench import sweep
+from cs336_systems.bench.machine import this_machine
+from cs336_systems.bench.progress import EVENTS_VARIABLE, EventReader
+from cs336_systems.bench.records import Store
+
+
+def main() -> None:
+    folder, kills, seed, cases = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+    store = Store(local=folder / "local", published=folder)
+    machine = this_machine("cpu")
+    chance = random.Random(seed)
+    for kill in range(kills):
+        events = folder / f"events-{kill}.jsonl"
+        known = set(store.local_records(machine.name, "toy_experiment"))
+        child = os.fork()
+        if child == 0:
+            os.environ[EVENTS_VARIABLE] = str(events)
+            cells = toy_experiment.grid(numbers=range(cases), seconds=0.002)
+            sweep.run(toy_experiment, cells, store=store, machine=machine)
+            os._exit(0)
+        time.sleep(chance.uniform(0.05, 0.2))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        done = [int(event["done"]) for event in EventReader(events).new_events() if event["event"] == "progress"]
+        # The bar passes a case only when its record is on the disk.
+        announced = max(done, default=0)
+        recorded = set(store.local_records(machine.name, "toy_experiment"))
+        print(json.dumps({"announced": announced, "new": len(recorded - known), "lost": len(known - recorded)}))
+
+
+if __name__ == "__main__":
+    main()
