@@ -22,7 +22,7 @@ test: setup
 
 # Lab asks for the token it prints; kernels speak to it encrypted.
 lab: setup
-	@$(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 --KernelManager.transport_encryption=auto notebooks
+	@$(BIN)/jupyter lab --ServerApp.ip=127.0.0.1 --KernelManager.transport_encryption=auto $(ARGS) notebooks
 
 check: setup
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/python scripts/strip_outputs.py --check

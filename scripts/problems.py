@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -60,7 +61,7 @@ def problems_table(index: Index, store: Store) -> Table:
         Column("problem", lambda row: row.problem.id, "left"),
         *(Column(year, partial(_points, year=year)) for year in YEARS),
         Column("notebook", lambda row: row.problem.notebook, "left"),
-        Column("tests", lambda row: ", ".join(row.problem.tests) or MISSING, "left"),
+        Column("tests", lambda row: ", ".join(Path(path).stem for path in row.problem.tests) or MISSING, "left"),
         Column("state", lambda row: row.problem.state, "left"),
         Column("records here", lambda row: MISSING if row.records != row.records else f"{row.records:.0f}"),
     ]

@@ -161,6 +161,7 @@ def figure(summary: pd.DataFrame) -> Figure:
             panel.set_title(phase)
             if stacked or panel is panels[0]:
                 panel.set_ylabel("time per step (ms)")
+        drawing.suptitle(caption(summary), fontsize=9)
         drawing.legend(series.values(), series.keys(), loc="outside lower center", ncols=2)
     return drawing
 

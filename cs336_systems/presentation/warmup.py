@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 def table(summary: pd.DataFrame) -> Table:
     """Mean and deviation by number of warm-ups, beside the published."""
-    machine = summary["machine"].iloc[0] if len(summary) else "no machine"
     columns = [
         Column("size", lambda row: row.size, "left"),
         Column("context", lambda row: str(row.context_length)),
@@ -42,18 +41,21 @@ def table(summary: pd.DataFrame) -> Table:
         Column(f"{A100} (ms)", lambda row: with_deviation(row.a100_ms, row.a100_std_ms)),
         Column(f"{A100} std / mean", lambda row: percent(row.a100_std_ms / row.a100_ms)),
     ]
-    steps = summary["steps"].iloc[0] if len(summary) else 0
     notes = [f"{row.warmup} warm-ups: {row.status}, {row.reason}" for row in _not_measured(summary).itertuples()]
-    return Table.of(
-        summary,
-        columns,
-        caption=f"Warm-ups: {steps} measured steps, each row a fresh process, {machine}",
-        notes=notes,
-    )
+    return Table.of(summary, columns, caption=caption(summary), notes=notes)
 
 
 def _not_measured(summary: pd.DataFrame) -> pd.DataFrame:
     return summary[summary["status"] != "ok"] if len(summary) else pd.DataFrame()
+
+
+def caption(summary: pd.DataFrame) -> str:
+    """What all rows share, from the records themselves."""
+    if not len(summary):
+        return "No records"
+    first = summary.iloc[0]
+    shared = f"{first['machine']}, batch {first['batch_size']}, {first['steps']} measured steps"
+    return f"Warm-ups: {shared}, each row a fresh process"
 
 
 def figure(summary: pd.DataFrame) -> Figure:
@@ -79,6 +81,7 @@ def figure(summary: pd.DataFrame) -> Figure:
             logarithmic(panel.yaxis)
             panel.legend()
         panels[0].set_ylabel("time of the step (ms)")
+        drawing.suptitle(caption(measured), fontsize=8)
     return drawing
 
 

@@ -106,7 +106,7 @@ def test_somebody_elses_implementation_is_part_of_the_fingerprint(
     assert before["source"]["their_module_f:Model"] != after["source"]["their_module_f:Model"]
 
 
-def test_an_implementation_that_cannot_be_imported_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_implementation_that_cannot_be_imported_is_an_error() -> None:
     with pytest.raises(UserError, match="cannot import 'no_such_module_anywhere'"):
         context.fingerprint(toy_experiment, this_machine("cpu"), ["no_such_module_anywhere:Model"])
 

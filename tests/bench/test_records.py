@@ -158,7 +158,7 @@ def test_a_machine_json_of_other_hardware_is_an_error_that_names_the_difference(
 def test_a_machine_json_that_is_not_json_is_an_error_that_says_what_to_do(store: Store) -> None:
     written(store, record())
     (store.local / MACHINE.name / "machine.json").write_text("{not json")
-    with pytest.raises(UserError, match="is not JSON.*remove it"):
+    with pytest.raises(UserError, match=r"is not JSON.*remove it"):
         store.begin_run(MACHINE, "toy", {})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pandas as pd
@@ -121,4 +122,4 @@ def test_colours_stay_apart_in_grey() -> None:
         0.2126 * int(colour[1:3], 16) + 0.7152 * int(colour[3:5], 16) + 0.0722 * int(colour[5:7], 16)
         for colour in COLOURS
     )
-    assert all(after - before > 10 for before, after in zip(lightness, lightness[1:], strict=False))
+    assert all(after - before > 10 for before, after in itertools.pairwise(lightness))

@@ -62,7 +62,7 @@ def test_a_known_gpu_has_the_datasheets_ceilings_without_any_record(store: Store
 
 
 def test_a_machine_without_records_is_an_error_that_says_how_to_get_them(store: Store) -> None:
-    with pytest.raises(UserError, match="not measured: run scripts/measure.py machine_peaks"):
+    with pytest.raises(UserError, match=r"not measured: run scripts/measure.py machine_peaks"):
         machine_peaks.peaks_of(this_machine("cpu"), store)
 
 
