@@ -70,19 +70,19 @@ class Record:
     def is_good(self) -> bool:
         return self.status != "failed"
 
-    def stale_reasons(self, current: Mapping[str, Any], *, same_machine: bool = True) -> list[str]:
-        """Why this record no longer speaks of `current`; empty if it does.
+    def stale_reasons(self, current: Mapping[str, Any]) -> list[str]:
+        """Why this record no longer speaks of the fingerprint `current`; empty if it does.
 
-        A record of another machine is only asked for its source: other versions there are no fault of its own.
+        Only what `current` has is compared. A record of another machine is asked for its source alone: other versions
+        there are no fault of its own.
         """
         then, now = self.fingerprint.get("source") or {}, current["source"]
         reasons = [f"{name} changed" for name in sorted({*then, *now}) if then.get(name) != now.get(name)]
-        if same_machine:
-            reasons += [
-                f"{name} {self.fingerprint.get(name)} → {current.get(name)}"
-                for name in ("torch", "triton", "device")
-                if self.fingerprint.get(name) != current.get(name)
-            ]
+        reasons += [
+            f"{name} {self.fingerprint.get(name)} → {current[name]}"
+            for name in ("torch", "triton", "device")
+            if name in current and self.fingerprint.get(name) != current[name]
+        ]
         return reasons
 
 

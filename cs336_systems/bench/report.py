@@ -173,9 +173,10 @@ def figure_style() -> Iterator[None]:
     """The one style of every figure."""
     import matplotlib as mpl  # a command line that draws nothing need not wait for it
     import seaborn as sns
+    from cycler import cycler
 
     settings = {
-        "axes.prop_cycle": mpl.rcsetup.cycler(color=COLOURS, marker=MARKERS),
+        "axes.prop_cycle": cycler(color=COLOURS, marker=MARKERS),
         "axes.spines.right": False,
         "axes.spines.top": False,
         "figure.constrained_layout.use": True,

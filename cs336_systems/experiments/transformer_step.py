@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ from cs336_systems.analysis.published import PublishedSteps
 from cs336_systems.analysis.roofline import step_bound
 from cs336_systems.bench import grid as grids
 from cs336_systems.bench.allocator import PeakMemory, describe_memory
+from cs336_systems.bench.context import source_hashes
 from cs336_systems.bench.machine import available_memory_bytes, resolve_device
 from cs336_systems.bench.records import Measurement, Record, Store
 from cs336_systems.bench.report import bytes_in_words
@@ -341,13 +343,17 @@ def predict(cases: Sequence[Case], peaks: Peaks) -> pd.DataFrame:
 
 
 def published_summaries(store: Store | None = None) -> pd.DataFrame:
-    """The published records of every machine whose ceilings are known, as one summary; empty if there are none."""
+    """The published records of every machine whose ceilings are known, as one summary; empty if there are none.
+
+    What was measured from another source than today's is marked as stale.
+    """
     store = store or Store.default()
+    source = {"source": source_hashes(sys.modules[__name__])}
     summaries = []
     for machine, records in store.published_records("transformer_step").items():
         peaks = machine_peaks.published_peaks(machine, store)
         if peaks is not None:
-            summaries.append(summarise(list(records.values()), peaks, store=store))
+            summaries.append(summarise(list(records.values()), peaks, store=store, fingerprint=source))
     return pd.concat(summaries, ignore_index=True) if summaries else pd.DataFrame()
 
 
@@ -360,7 +366,7 @@ def summarise(
 ) -> pd.DataFrame:
     """One row per record: its times in milliseconds, floor, peak memory, and what others published.
 
-    `fingerprint`: the current one; with it, stale records are marked.
+    `fingerprint`: the current one, or as much of it as is to be compared; with it, stale records are marked.
     """
     store = store or Store.default()
     published = PublishedSteps(store.reference)

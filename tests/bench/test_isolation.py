@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -64,7 +65,7 @@ def test_a_child_does_not_outlive_its_parent(tmp_path: Path) -> None:
     assert alive == []
 
 
-def _wait_for(condition, bound_s: float = 60.0):  # type: ignore[no-untyped-def]
+def _wait_for(condition: Callable[[], list[psutil.Process]], bound_s: float = 60.0) -> list[psutil.Process]:
     deadline = time.monotonic() + bound_s
     while time.monotonic() < deadline:
         found = condition()

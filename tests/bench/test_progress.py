@@ -68,7 +68,7 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
 
     terminal = Terminal()
     monkeypatch.delenv(progress.EVENTS_VARIABLE, raising=False)
-    monkeypatch.setattr(progress.sys, "stderr", terminal)
+    monkeypatch.setattr("sys.stderr", terminal)
     sink = choose_sink("sweep")
     assert isinstance(sink, Bar)
     with Progress(2, "sweep", sink=sink) as bar:

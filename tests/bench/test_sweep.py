@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import toy_experiment
 
-from cs336_systems.bench import allocator, sweep
+from cs336_systems.bench import allocator, context, sweep
 from cs336_systems.bench.grid import Cell
 from cs336_systems.bench.machine import this_machine
 from cs336_systems.bench.records import Store
@@ -29,8 +29,8 @@ def cases(*behaviours: str) -> list[Cell[toy_experiment.Case]]:
     return [Cell(toy_experiment.Case(number, behaviour)) for number, behaviour in enumerate(behaviours)]
 
 
-def run(cells: list[Cell[toy_experiment.Case]], store: Store, **options: bool) -> sweep.Outcome:
-    return sweep.run(toy_experiment, cells, store=store, **options)
+def run(cells: list[Cell[toy_experiment.Case]], store: Store, *, remeasure: bool | None = None) -> sweep.Outcome:
+    return sweep.run(toy_experiment, cells, store=store, remeasure=remeasure)
 
 
 def statuses(outcome: sweep.Outcome) -> list[str]:
@@ -79,7 +79,7 @@ def test_a_changed_source_makes_the_record_stale_and_it_is_measured_again(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(cases("ok"), store)
-    original = sweep.fingerprint
+    original = context.fingerprint
 
     def changed(*arguments: Any) -> dict[str, Any]:
         now = original(*arguments)

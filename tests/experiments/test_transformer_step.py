@@ -15,6 +15,7 @@ from cs336_systems.bench.records import Measurement, Record, Store
 from cs336_systems.errors import UserError
 from cs336_systems.experiments import transformer_step
 from cs336_systems.experiments.transformer_step import Case
+from cs336_systems.model import model_size
 
 pytestmark = pytest.mark.problem("benchmarking_script")
 
@@ -22,7 +23,7 @@ PEAKS = Peaks("toy-1c", {"float32": 1e11, "bfloat16": 2e11}, 1e10, 0, 2**33, "ma
 
 
 def tiny(**changes: Any) -> Case:
-    content = {
+    content: dict[str, Any] = {
         "d_model": 16,
         "d_ff": 32,
         "num_layers": 1,
@@ -38,12 +39,12 @@ def tiny(**changes: Any) -> Case:
 
 
 def small(**changes: Any) -> Case:
-    size = transformer_step.model_size("small")
+    size = model_size("small")
     return Case(**dataclasses.asdict(dataclasses.replace(size, context_length=128)), device="cpu", **changes)
 
 
 def record_of(case: Case, **changes: Any) -> Record:
-    content = {
+    content: dict[str, Any] = {
         "experiment": "transformer_step",
         "machine": "toy-1c",
         "run": "run",
