@@ -16,9 +16,11 @@ from types import ModuleType
 from typing import Any
 
 from cs336_systems.bench.allocator import is_out_of_memory, memory_cap
-from cs336_systems.bench.context import NoiseMonitor, fingerprint, run_context, utc_now
+from cs336_systems.bench.context import run_context, utc_now
+from cs336_systems.bench.fingerprint import fingerprint
 from cs336_systems.bench.grid import Cell
 from cs336_systems.bench.machine import Machine, this_machine
+from cs336_systems.bench.noise import NoiseMonitor
 from cs336_systems.bench.progress import Progress, announce
 from cs336_systems.bench.records import Measurement, Record, RunWriter, Status, Store, case_key
 from cs336_systems.errors import UserError, first_line

@@ -1,4 +1,4 @@
-"""One measured thing each: `Case`, `grid()`, `measure()`, `summarise()`, and its table, figure and findings.
+"""One measured thing each: `Case`, `grid()`, `measure()`, `summarise()`; `presentation/` shows what they summarise.
 
 An experiment is a module; its parameters are the keyword arguments of its `grid`, whose defaults are a laptop's.
 Records are keyed by the module's name.

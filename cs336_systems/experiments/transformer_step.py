@@ -28,7 +28,7 @@ from cs336_systems.analysis.published import PublishedSteps
 from cs336_systems.analysis.roofline import step_bound
 from cs336_systems.bench import grid as grids
 from cs336_systems.bench.allocator import PeakMemory, describe_memory
-from cs336_systems.bench.context import source_hashes
+from cs336_systems.bench.fingerprint import source_hashes
 from cs336_systems.bench.machine import available_memory_bytes, resolve_device
 from cs336_systems.bench.records import Measurement, Record, Store
 from cs336_systems.bench.report import bytes_in_words

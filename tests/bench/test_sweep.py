@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import toy_experiment
 
-from cs336_systems.bench import allocator, context, sweep
+from cs336_systems.bench import allocator, fingerprint, sweep
 from cs336_systems.bench.grid import Cell
 from cs336_systems.bench.machine import this_machine
 from cs336_systems.bench.records import Store
@@ -79,7 +79,7 @@ def test_a_changed_source_makes_the_record_stale_and_it_is_measured_again(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(cases("ok"), store)
-    original = context.fingerprint
+    original = fingerprint.fingerprint
 
     def changed(*arguments: Any) -> dict[str, Any]:
         now = original(*arguments)

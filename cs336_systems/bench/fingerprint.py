@@ -1,0 +1,172 @@
+"""What a record measured: a hash of the measured source, and the versions of torch, triton and device.
+
+A record can be used again only while its fingerprint is today's. Comments, docstrings and blank lines are no part of
+the hash, so that writing about the code does not make its measurements stale; nor is what does not change a measured
+thing (analysis, records, presentation).
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib
+import importlib.metadata
+import inspect
+import io
+import textwrap
+import tokenize
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from cs336_systems.bench.machine import Machine
+from cs336_systems.errors import UserError, first_line
+from cs336_systems.object_reference import source_file_of
+
+PACKAGE = "cs336_systems"
+_PACKAGE_FOLDER = Path(__file__).resolve().parents[1]
+# Rooms that measure, predict or present, and change no measured thing; timing and memory are measured with, so count.
+_NOT_MEASURED = (
+    "",
+    "analysis",
+    "bench",
+    "presentation",
+    "workbook",
+    "errors",
+    "object_reference",
+    "repository",
+)
+_MEASURED_WITH = (f"{PACKAGE}.bench.timing", f"{PACKAGE}.bench.allocator")
+
+
+def bare_source(source: str) -> str:
+    """`source` without comments, docstrings and blank lines: the same for the same program."""
+    lines = source.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    for node in ast.walk(ast.parse(source)):
+        body = getattr(node, "body", None)
+        if not isinstance(body, list):
+            continue
+        for statement in body:
+            if _is_docstring(statement):
+                first, last = statement.lineno - 1, statement.end_lineno or statement.lineno
+                lines[first:last] = [""] * (last - first)
+    return "\n".join(stripped for line in lines if (stripped := line.rstrip()))
+
+
+def _is_docstring(statement: ast.stmt) -> bool:
+    """A string that stands alone: a docstring, or the words under an attribute."""
+    return (
+        isinstance(statement, ast.Expr)
+        and isinstance(statement.value, ast.Constant)
+        and isinstance(statement.value.value, str)
+    )
+
+
+def function_with_callees(function: Callable[..., Any]) -> str:
+    """The bare source of `function` and of all it names in its own module, in the order of their names."""
+    module = inspect.getmodule(function)
+    found: dict[str, str] = {}
+    waiting = [function.__name__]
+    while waiting:
+        name = waiting.pop()
+        member: Any = getattr(module, name, None)
+        own = inspect.isfunction(member) or inspect.isclass(member)
+        if name in found or not own or getattr(member, "__module__", None) != function.__module__:
+            continue
+        found[name] = bare_source(textwrap.dedent(inspect.getsource(member)))
+        waiting += [node.id for node in ast.walk(ast.parse(found[name])) if isinstance(node, ast.Name)]
+    return "\n".join(found[name] for name in sorted(found))
+
+
+def module_file(name: str) -> Path | None:
+    """The source of a module of this package by its name; None if there is no such module."""
+    path = _PACKAGE_FOLDER.joinpath(*name.split(".")[1:])
+    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
+
+
+def imported_modules(path: Path) -> Iterator[str]:
+    """The modules of this package that a source file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.partition(".")[0] == PACKAGE)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == PACKAGE:
+            for alias in node.names:
+                submodule = f"{node.module}.{alias.name}"
+                yield submodule if module_file(submodule) else str(node.module)
+
+
+def measured_modules(experiment: ModuleType) -> list[str]:
+    """What an experiment measures: the systems it imports, what those import, and other experiments it measures with.
+
+    The measuring side is left out, except what times and what watches memory.
+    """
+    found: set[str] = set()
+    waiting = list(imported_modules(Path(str(experiment.__file__))))
+    while waiting:
+        name = waiting.pop()
+        room = name.removeprefix(PACKAGE).strip(".").partition(".")[0]
+        file = module_file(name)
+        if name in found or room in _NOT_MEASURED or file is None:
+            continue
+        found.add(name)
+        waiting += imported_modules(file)
+    return sorted({*found, *_MEASURED_WITH} - {f"{PACKAGE}.experiments"})
+
+
+def source_hashes(experiment: ModuleType) -> dict[str, str]:
+    """A short hash per measured module, and one of `measure` itself.
+
+    Of an experiment only `measure` and what it calls counts: how its records are summarised changes no measurement.
+    """
+    hashes = {"measure": _digest(function_with_callees(experiment.measure))}
+    for name in measured_modules(experiment):
+        file, short = module_file(name), name.removeprefix(f"{PACKAGE}.")
+        if short.startswith("experiments."):
+            hashes[short] = _digest(function_with_callees(importlib.import_module(name).measure))
+        elif file is not None:
+            hashes[short] = file_hash(file)
+    return hashes
+
+
+def file_hash(path: Path) -> str:
+    """The hash of a Python file's bare source."""
+    return _digest(bare_source(path.read_text(encoding="utf-8")))
+
+
+def _reference_hash(reference: str) -> str | None:
+    path = source_file_of(reference)
+    try:
+        return file_hash(path) if path is not None else None
+    except (OSError, SyntaxError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}, the source of {reference!r}: {first_line(error)}") from error
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def fingerprint(experiment: ModuleType, machine: Machine, references: Iterable[str] = ()) -> dict[str, Any]:
+    """What must be the same for a record to be used again.
+
+    `references`: object references of somebody else's implementations that a case measures.
+    """
+    return {
+        "source": source_hashes(experiment) | {name: _reference_hash(name) for name in references},
+        "torch": torch.__version__.partition("+")[0],
+        "triton": version_of("triton") if machine.device == "cuda" else None,
+        "device": machine.device_name,
+    }
+
+
+def version_of(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,110 @@
+"""What makes a record stale, and what does not."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import toy_experiment
+
+from cs336_systems.bench import fingerprint
+from cs336_systems.bench.machine import this_machine
+from cs336_systems.errors import UserError
+from cs336_systems.experiments import experiment_names, load_experiment, transformer_step, warmup
+
+SOURCE = '''"""A docstring."""
+
+import math  # why
+
+
+def area(radius):
+    """What it does."""
+
+    # a comment
+    return math.pi * radius**2  # "not a # comment"
+'''
+
+
+def module_from(path: Path, name: str = "measured_somewhere") -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_comments_docstrings_and_blank_lines_are_no_part_of_the_source() -> None:
+    shorter = "import math\ndef area(radius):\n    return math.pi * radius**2\n"
+    assert fingerprint.bare_source(SOURCE) == fingerprint.bare_source(shorter)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [SOURCE.replace("radius**2", "radius**3"), SOURCE.replace("math.pi", "3"), SOURCE.replace("radius", "r")],
+)
+def test_any_other_change_changes_the_source(changed: str) -> None:
+    assert fingerprint.bare_source(SOURCE) != fingerprint.bare_source(changed)
+
+
+def test_a_hash_sign_in_a_string_is_no_comment() -> None:
+    assert fingerprint.bare_source('x = "a # b"') == 'x = "a # b"'
+
+
+def test_measure_is_hashed_with_what_it_calls_in_its_module_and_nothing_else(tmp_path: Path) -> None:
+    program = (
+        "def helper():\n    return {helper}\n"
+        "def summarise():\n    return {summary}\n"
+        "def measure(case, on_part):\n    return helper()\n"
+    )
+    sources = []
+    for index, values in enumerate(
+        ({"helper": 1, "summary": 1}, {"helper": 1, "summary": 2}, {"helper": 2, "summary": 1})
+    ):
+        path = tmp_path / f"experiment_{index}.py"
+        path.write_text(program.format(**values))
+        sources.append(fingerprint.function_with_callees(module_from(path, f"experiment_{index}").measure))
+    assert sources[0] == sources[1]
+    assert sources[0] != sources[2]
+
+
+def test_a_transformer_step_depends_on_the_systems_and_not_on_the_measuring_side() -> None:
+    hashed = set(fingerprint.source_hashes(transformer_step))
+    assert {"measure", "model", "loss", "optimizer", "attention.reference", "attention.backends"} <= hashed
+    assert {"bench.timing", "bench.allocator"} <= hashed
+    rooms = {name.partition(".")[0] for name in hashed}
+    assert rooms.isdisjoint({"analysis", "presentation", "workbook", "errors"})
+    assert "bench.report" not in hashed
+    assert "bench.records" not in hashed
+
+
+def test_an_experiment_that_measures_with_another_depends_on_its_measure_too() -> None:
+    hashes = fingerprint.source_hashes(warmup)
+    assert hashes["experiments.transformer_step"] == fingerprint.source_hashes(transformer_step)["measure"]
+    assert hashes["model"] == fingerprint.source_hashes(transformer_step)["model"]
+
+
+def test_every_experiment_has_a_source_to_hash() -> None:
+    for name in experiment_names():
+        assert len(fingerprint.source_hashes(load_experiment(name))) > 1
+
+
+def test_somebody_elses_implementation_is_part_of_the_fingerprint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "their_module_f.py").write_text("class Model:\n    pass\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    machine = this_machine("cpu")
+    before = fingerprint.fingerprint(toy_experiment, machine, ["their_module_f:Model"])
+    (tmp_path / "their_module_f.py").write_text("class Model:\n    size = 1\n")
+    after = fingerprint.fingerprint(toy_experiment, machine, ["their_module_f:Model"])
+    assert before["source"]["their_module_f:Model"] != after["source"]["their_module_f:Model"]
+
+
+def test_an_implementation_that_cannot_be_imported_is_an_error() -> None:
+    with pytest.raises(UserError, match="cannot import 'no_such_module_anywhere'"):
+        fingerprint.fingerprint(toy_experiment, this_machine("cpu"), ["no_such_module_anywhere:Model"])
