@@ -13,7 +13,6 @@ import importlib
 import importlib.metadata
 import inspect
 import io
-import textwrap
 import tokenize
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -70,19 +69,35 @@ def _is_docstring(statement: ast.stmt) -> bool:
 
 
 def function_with_callees(function: Callable[..., Any]) -> str:
-    """The bare source of `function` and of all it names in its own module, in the order of their names."""
-    module = inspect.getmodule(function)
+    """The bare source of `function` and of all it names in its own module, constants too, sorted by name."""
+    definitions = _top_level_definitions(Path(inspect.getfile(function)).read_text(encoding="utf-8"))
     found: dict[str, str] = {}
     waiting = [function.__name__]
     while waiting:
         name = waiting.pop()
-        member: Any = getattr(module, name, None)
-        own = inspect.isfunction(member) or inspect.isclass(member)
-        if name in found or not own or getattr(member, "__module__", None) != function.__module__:
+        if name in found or name not in definitions:
             continue
-        found[name] = bare_source(textwrap.dedent(inspect.getsource(member)))
+        found[name] = bare_source(definitions[name])
         waiting += [node.id for node in ast.walk(ast.parse(found[name])) if isinstance(node, ast.Name)]
     return "\n".join(found[name] for name in sorted(found))
+
+
+def _top_level_definitions(source: str) -> dict[str, str]:
+    """The source of every function, class and constant of a module, by name."""
+    lines = source.splitlines()
+    definitions: dict[str, str] = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            first, names = min([node.lineno, *(each.lineno for each in node.decorator_list)]), [node.name]
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            first = node.lineno
+            names = [each.id for target in targets for each in ast.walk(target) if isinstance(each, ast.Name)]
+        else:
+            continue
+        segment = "\n".join(lines[first - 1 : node.end_lineno])
+        definitions |= dict.fromkeys(names, segment)
+    return definitions
 
 
 def module_file(name: str) -> Path | None:
@@ -105,10 +120,11 @@ def imported_modules(path: Path) -> Iterator[str]:
 def measured_modules(experiment: ModuleType) -> list[str]:
     """What an experiment measures: the systems it imports, what those import, and other experiments it measures with.
 
-    The measuring side is left out, except what times and what watches memory.
+    The measuring side is left out, except what times and what watches memory; so is an experiment that `measure` does
+    not name, whose results are only shown beside.
     """
     found: set[str] = set()
-    waiting = list(imported_modules(Path(str(experiment.__file__))))
+    waiting = _measured_imports(experiment)
     while waiting:
         name = waiting.pop()
         room = name.removeprefix(PACKAGE).strip(".").partition(".")[0]
@@ -116,8 +132,19 @@ def measured_modules(experiment: ModuleType) -> list[str]:
         if name in found or room in _NOT_MEASURED or file is None:
             continue
         found.add(name)
-        waiting += imported_modules(file)
-    return sorted({*found, *_MEASURED_WITH} - {f"{PACKAGE}.experiments"})
+        waiting += _measured_imports(importlib.import_module(name)) if room == "experiments" else imported_modules(file)
+    return sorted({*found, *_MEASURED_WITH})
+
+
+def _measured_imports(experiment: ModuleType) -> list[str]:
+    """The imports of an experiment, less those of other experiments that its `measure` does not name."""
+    measure = function_with_callees(experiment.measure)
+    named = {node.id for node in ast.walk(ast.parse(measure)) if isinstance(node, ast.Name)}
+    return [
+        name
+        for name in imported_modules(Path(str(experiment.__file__)))
+        if not name.startswith(f"{PACKAGE}.experiments") or name.rpartition(".")[2] in named
+    ]
 
 
 def source_hashes(experiment: ModuleType) -> dict[str, str]:

@@ -55,21 +55,26 @@ def test_a_hash_sign_in_a_string_is_no_comment() -> None:
     assert fingerprint.bare_source('x = "a # b"') == 'x = "a # b"'
 
 
-def test_measure_is_hashed_with_what_it_calls_in_its_module_and_nothing_else(tmp_path: Path) -> None:
+def test_measure_is_hashed_with_what_it_names_in_its_module_and_nothing_else(tmp_path: Path) -> None:
     program = (
-        "def helper():\n    return {helper}\n"
+        "import functools\n"
+        "REPEATS, UNUSED = {repeats}, 0\n"
+        "@functools.cache\n"
+        "def helper():\n    return {helper} * REPEATS\n"
         "def summarise():\n    return {summary}\n"
         "def measure(case, on_part):\n    return helper()\n"
     )
-    sources = []
-    for index, values in enumerate(
-        ({"helper": 1, "summary": 1}, {"helper": 1, "summary": 2}, {"helper": 2, "summary": 1})
-    ):
-        path = tmp_path / f"experiment_{index}.py"
-        path.write_text(program.format(**values))
-        sources.append(fingerprint.function_with_callees(module_from(path, f"experiment_{index}").measure))
-    assert sources[0] == sources[1]
-    assert sources[0] != sources[2]
+    original = {"repeats": 1, "helper": 1, "summary": 1}
+    sources = {}
+    for changed in ("nothing", *original):
+        path = tmp_path / f"experiment_{changed}.py"
+        path.write_text(program.format(**(original | ({changed: 2} if changed in original else {}))))
+        measure = module_from(path, path.stem).measure
+        sources[changed] = fingerprint.function_with_callees(measure)
+    assert sources["summary"] == sources["nothing"]
+    assert sources["helper"] != sources["nothing"]
+    assert sources["repeats"] != sources["nothing"]
+    assert "functools.cache" in sources["nothing"]
 
 
 def test_a_transformer_step_depends_on_the_systems_and_not_on_the_measuring_side() -> None:
@@ -78,6 +83,8 @@ def test_a_transformer_step_depends_on_the_systems_and_not_on_the_measuring_side
     assert {"bench.timing", "bench.allocator"} <= hashed
     rooms = {name.partition(".")[0] for name in hashed}
     assert rooms.isdisjoint({"analysis", "presentation", "workbook", "errors"})
+    # It reads the ceilings, but does not measure with them.
+    assert "experiments.machine_peaks" not in hashed
     assert "bench.report" not in hashed
     assert "bench.records" not in hashed
 
