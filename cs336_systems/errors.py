@@ -53,7 +53,7 @@ def run_command(main: Callable[[list[str] | None], int]) -> None:
         status = 2
     except KeyboardInterrupt as error:
         # Whoever caught Ctrl-C on the way adds what was saved: `raise KeyboardInterrupt("3 of 9 saved")`.
-        print(f"\ninterrupted: {error or 'nothing was running'}", file=sys.stderr)
+        print(f"\ninterrupted: {str(error) or 'nothing was running'}", file=sys.stderr)
         status = 130
     except BrokenPipeError:
         # Python would complain once more when it flushes at exit.

@@ -27,7 +27,7 @@ def cross_entropy(logits: Float[Tensor, "... vocab"], targets: Int[Tensor, "..."
 
 def fused_cross_entropy(logits: Float[Tensor, "... vocab"], targets: Int[Tensor, "..."]) -> Float[Tensor, ""]:
     """The same by `torch.nn.functional.cross_entropy`."""
-    return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
+    return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))
 
 
 FORMULATIONS = MappingProxyType({"reference": cross_entropy, "fused": fused_cross_entropy})

@@ -51,14 +51,14 @@ class TransformerConfig:
     num_heads: int
     vocab_size: int = 10_000
     context_length: int = 512
-    rope_theta: float = 10_000.0
+    rope_theta: int | float = 10_000.0
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            whole = field.name == "rope_theta" or (isinstance(value, int) and not isinstance(value, bool))
-            if not whole or value <= 0:
-                kind = "number" if field.name == "rope_theta" else "whole number"
+            allowed, kind = (int | float, "finite number") if field.name == "rope_theta" else (int, "whole number")
+            is_number = isinstance(value, allowed) and not isinstance(value, bool) and math.isfinite(value)
+            if not is_number or value <= 0:
                 raise UserError(f"{field.name} must be a positive {kind}, found {value!r}")
         if self.d_model % self.num_heads != 0:
             raise UserError(
@@ -141,7 +141,11 @@ class Embedding(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) · weight, computed in float32 whatever the input's precision."""
+    """x / rms(x) · weight.
+
+    The reference computes in float32 whatever the input's precision; the fused kernel accumulates in float32 too, but
+    takes its weight rounded to the input's precision.
+    """
 
     def __init__(self, d_model: int, eps: float = 1e-5, formulation: Formulation = "reference") -> None:
         super().__init__()
@@ -171,7 +175,7 @@ class RotaryEmbedding(nn.Module):
 
     table: Tensor
 
-    def __init__(self, context_length: int, head_dim: int, theta: float, year: RopeYear = "2025") -> None:
+    def __init__(self, context_length: int, head_dim: int, theta: int | float, year: RopeYear = "2025") -> None:
         super().__init__()
         self.year = year
         # In float64, then rounded once: in float32 the angle of position 10,000 is off by up to 5e-4.
@@ -273,7 +277,7 @@ class TransformerLM(nn.Module):
         num_layers: int,
         num_heads: int,
         d_ff: int,
-        rope_theta: float = 10_000.0,
+        rope_theta: int | float = 10_000.0,
         *,
         rope: RopeYear = "2025",
         attention: str = "reference",

@@ -70,7 +70,7 @@ class AdamW(torch.optim.Optimizer):
 
 
 def fused_adamw(params: Iterable[nn.Parameter], **options: Any) -> torch.optim.Optimizer:
-    """PyTorch's AdamW in one kernel per group of tensors (ε is added before the bias correction, not after)."""
+    """PyTorch's AdamW in one kernel per group of tensors (ε joins √v after its bias correction; above, before)."""
     return torch.optim.AdamW(params, fused=True, **options)
 
 

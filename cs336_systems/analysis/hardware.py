@@ -100,8 +100,8 @@ GPUS: Mapping[str, Peaks] = MappingProxyType(
     }
 )
 
-# What `torch.cuda.get_device_name` says. The bare A100 names come before the memory sizes are known, so they are
-# matched whole; an H100 NVL or an A100 PCIe has other rates and is deliberately not matched.
+# What `torch.cuda.get_device_name` says after "NVIDIA ", matched whole: an H100 NVL or an A100 PCIe has other rates
+# and must not pass for its relative.
 _DEVICE_NAMES = (
     (r"A100-SXM4-40GB", "a100-40gb"),
     (r"A100-SXM4-80GB", "a100-80gb"),

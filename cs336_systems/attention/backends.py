@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cs336_systems.attention import reference
-from cs336_systems.errors import unknown_name
+from cs336_systems.errors import UserError, unknown_name
 from cs336_systems.object_reference import is_object_reference, load_object
 
 
@@ -40,6 +40,8 @@ def resolve_attention(choice: str) -> AttentionFunction:
     """
     if is_object_reference(choice):
         function: AttentionFunction = load_object(choice)
+        if not callable(function):
+            raise UserError(f"{choice} must be a function (query, key, value, *, is_causal), found {function!r}")
         return function
     if choice not in IMPLEMENTATIONS:
         raise unknown_name("attention", choice, [*IMPLEMENTATIONS, "module:function"])

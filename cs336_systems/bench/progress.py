@@ -43,7 +43,7 @@ class Progress:
         self.total, self.title = total, title
         self.done = 0.0
         self._detail = ""
-        self._sink = sink or choose_sink(title)
+        self._sink = sink or choose_sink(title, total)
 
     def label(self, detail: str) -> None:
         """Say what is being worked on."""
@@ -139,7 +139,7 @@ class Events:
         post_event(self._path, {"event": "end"})
 
 
-def choose_sink(title: str, *, to_events: bool = True) -> Sink:
+def choose_sink(title: str, total: float, *, to_events: bool = True) -> Sink:
     """The sink for where this process shows its output; the runner's events file, if there is one, comes first."""
     events = os.environ.get(EVENTS_VARIABLE)
     if events and to_events:
@@ -147,18 +147,18 @@ def choose_sink(title: str, *, to_events: bool = True) -> Sink:
     if in_notebook():
         from tqdm.notebook import tqdm as notebook_tqdm  # needs ipywidgets, which only notebooks have
 
-        return Bar(notebook_tqdm(total=1, desc=title, bar_format=_FORMAT, leave=True))
+        return Bar(notebook_tqdm(total=total, desc=title, bar_format=_FORMAT, leave=True))
     if sys.stderr.isatty():
-        return Bar(terminal_bar(title))
+        return Bar(terminal_bar(title, total))
     return Lines(sys.stderr)
 
 
 _FORMAT = "{desc} {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
 
 
-def terminal_bar(title: str) -> Any:
+def terminal_bar(title: str, total: float) -> Any:
     """A tqdm bar on stderr that fits the terminal."""
-    return tqdm(total=1, desc=title, bar_format=_FORMAT, dynamic_ncols=True, file=sys.stderr)
+    return tqdm(total=total, desc=title, bar_format=_FORMAT, dynamic_ncols=True, file=sys.stderr)
 
 
 def in_notebook() -> bool:

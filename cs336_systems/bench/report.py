@@ -144,7 +144,7 @@ class Finding:
         return str(self)
 
     def __str__(self) -> str:
-        mark = {True: "", False: " **The usual statement does not hold here.**", None: ""}[self.holds]
+        mark = {True: "", False: " **That does not hold here.**", None: ""}[self.holds]
         return self.text + mark
 
 

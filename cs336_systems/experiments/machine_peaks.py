@@ -198,5 +198,9 @@ def ensure_peaks(device: str = "auto", store: Store | None = None) -> Peaks:
     """The ceilings of `device`'s machine, measured first (a few seconds) where they are neither known nor recorded."""
     machine = this_machine(device)
     if identify_gpu(machine.device_name) is None:
-        sweep.run(sys.modules[__name__], grid(device=device), store=store)
+        this_module, cells = sys.modules[__name__], grid(device=device)
+        records = sweep.run(this_module, cells, store=store).records
+        # A ceiling taken while something else had the cores is too low, and would be kept for good.
+        noisy = [cell for cell, record in zip(cells, records, strict=True) if record.noise.get("flags")]
+        sweep.run(this_module, noisy, store=store, remeasure=True)
     return peaks_of(machine, store)

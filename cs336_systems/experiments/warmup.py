@@ -15,6 +15,7 @@ from typing import Any
 import pandas as pd
 
 from cs336_systems.analysis.hardware import Peaks
+from cs336_systems.analysis.published import PUBLISHED_WARMUPS
 from cs336_systems.bench import grid as grids
 from cs336_systems.bench.isolation import measure_in_fresh_process
 from cs336_systems.bench.records import Measurement, Record, Store
@@ -71,6 +72,9 @@ def summarise(
     """One row per case, as `transformer_step.summarise`, with every step's time in `steps_ms`, warm-ups included."""
     summary = transformer_step.summarise(records, peaks, store=store, fingerprint=fingerprint)
     if len(summary):
+        # Here the number of warm-ups is the question, so only figures with this very number stand beside it.
+        not_published = ~summary["warmup"].isin(PUBLISHED_WARMUPS)
+        summary.loc[not_published, ["a100_ms", "a100_std_ms"]] = float("nan")
         summary["steps_ms"] = [
             [*record.measurement.samples.get("warmup_ms", []), *record.measurement.samples.get("step_ms", [])]
             for record in records

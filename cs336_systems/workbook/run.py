@@ -173,7 +173,7 @@ class _ProgressDisplay:
             if event["event"] == "progress":
                 if self._sink is None:
                     # The variable that sends a kernel's progress here must not send ours round in a circle.
-                    self._sink = choose_sink(self._title, to_events=False)
+                    self._sink = choose_sink(self._title, event["total"], to_events=False)
                 self._sink.update(event["done"], event["total"], event["label"])
             elif event["event"] == "sweep":
                 self.counts.update(event["counts"])

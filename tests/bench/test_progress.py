@@ -55,10 +55,10 @@ def test_a_bar_never_goes_back_nor_past_its_end() -> None:
 
 def test_a_pipe_gets_lines_and_the_runner_gets_events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(progress.EVENTS_VARIABLE, raising=False)
-    assert isinstance(choose_sink("sweep"), Lines)
+    assert isinstance(choose_sink("sweep", 2), Lines)
     monkeypatch.setenv(progress.EVENTS_VARIABLE, str(tmp_path / "events"))
-    assert isinstance(choose_sink("sweep"), Events)
-    assert isinstance(choose_sink("sweep", to_events=False), Lines)
+    assert isinstance(choose_sink("sweep", 2), Events)
+    assert isinstance(choose_sink("sweep", 2, to_events=False), Lines)
 
 
 def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +69,7 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.delenv(progress.EVENTS_VARIABLE, raising=False)
     monkeypatch.setattr("sys.stderr", terminal)
-    sink = choose_sink("sweep")
+    sink = choose_sink("sweep", 2)
     assert isinstance(sink, Bar)
     with Progress(2, "sweep", sink=sink) as bar:
         bar.label("small")

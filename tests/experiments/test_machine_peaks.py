@@ -66,13 +66,31 @@ def test_a_machine_without_records_is_an_error_that_says_how_to_get_them(store: 
         machine_peaks.peaks_of(this_machine("cpu"), store)
 
 
-def test_ceilings_are_measured_once_and_kept(store: Store) -> None:
+@pytest.fixture
+def noise(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The flags that every measurement gets, whatever this machine is doing meanwhile."""
+    flags: list[str] = []
+    monkeypatch.setattr("cs336_systems.bench.noise.NoiseMonitor.report", lambda *_: {"flags": list(flags)})
+    return flags
+
+
+def test_ceilings_are_measured_once_and_kept(store: Store, noise: list[str]) -> None:
+    assert noise == []
     first = machine_peaks.ensure_peaks("cpu", store)
     files = list(store.local.rglob("*.jsonl"))
     assert machine_peaks.ensure_peaks("cpu", store) == first
     assert list(store.local.rglob("*.jsonl")) == files
     assert first.bandwidth_bytes_per_s > 0
     assert first.rate("float32") > 0
+
+
+def test_ceilings_that_were_disturbed_are_measured_again_and_then_kept(store: Store, noise: list[str]) -> None:
+    noise.append("something else had the cores")
+    sweep.run(machine_peaks, machine_peaks.grid(device="cpu"), store=store)
+    noise.clear()
+    machine_peaks.ensure_peaks("cpu", store)
+    records = store.local_records(this_machine("cpu").name, "machine_peaks").values()
+    assert all(not record.noise["flags"] for record in records)
 
 
 def test_products_that_a_cpu_would_emulate_are_skipped_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
