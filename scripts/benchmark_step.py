@@ -19,7 +19,7 @@ from cs336_systems.analysis.flops import PHASES
 from cs336_systems.bench import sweep
 from cs336_systems.bench.grid import Cell
 from cs336_systems.bench.machine import resolve_device, this_machine
-from cs336_systems.bench.records import Store
+from cs336_systems.bench.records import DATA_VARIABLE, Store
 from cs336_systems.errors import UserError, run_command
 from cs336_systems.experiments import machine_peaks, transformer_step
 from cs336_systems.experiments.transformer_step import AUTOCAST, DTYPES, FLOAT32_MATMUL, Case
@@ -32,7 +32,7 @@ _DIMENSIONS = ("d_model", "d_ff", "num_layers", "num_heads", "vocab_size", "rope
 def main(argv: list[str] | None) -> int:
     arguments = parse(argv)
     if arguments.data_dir is not None:
-        os.environ["CS336_DATA"] = str(arguments.data_dir.absolute())
+        os.environ[DATA_VARIABLE] = str(arguments.data_dir.absolute())
     config = chosen_config(arguments)
     cells = [Cell(build_case(arguments, config, phase)) for phase in arguments.phase]
     machine = this_machine(cells[0].case.device)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -19,6 +20,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 VENV = ROOT / ".venv"
 STAMP = VENV / "installed-for"
+"""Where the environment is and with which Python, then what is installed: one of the two words, or a hash."""
+UNFINISHED, EMPTY = "unfinished", "empty"
 EXTRAS = "notebooks,gpu,dev"
 OLDEST, NEWEST = (3, 11), (3, 13)
 
@@ -32,10 +35,15 @@ def main() -> int:
     installed_for = STAMP.read_text().split() if STAMP.is_file() else []
     if installed_for == [place, dependencies]:
         return 0
+    if VENV.exists() and not STAMP.is_file():
+        print(f"error: {VENV} was not made by this script, so it is not touched: move it away", file=sys.stderr)
+        return 2
     started = time.monotonic()
     try:
-        # Another Python, or a checkout that was moved, leaves an environment that cannot be mended.
-        install(afresh=bool(installed_for) and installed_for[0] != place)
+        # An environment of another Python, of a checkout that was moved, or that was never finished cannot be mended.
+        if installed_for[:1] != [place] or installed_for[1:] == [UNFINISHED] or not environment_python().is_file():
+            make_environment(place)
+        install()
     except subprocess.CalledProcessError as error:
         print(f"error: `{' '.join(map(str, error.cmd))}` failed, its message is above", file=sys.stderr)
         return 2
@@ -55,16 +63,26 @@ def fingerprints() -> tuple[str, str]:
     return hashlib.sha256(f"{sys.version} {ROOT}".encode()).hexdigest(), dependencies.hexdigest()
 
 
-def install(*, afresh: bool) -> None:
-    python = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    if afresh or not python.is_file():
-        print(f"making {VENV.name} with Python {sys.version.split()[0]}", flush=True)
-        venv.create(VENV, with_pip=True, clear=True)
+def environment_python() -> Path:
+    return VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def make_environment(place: str) -> None:
+    """An environment with pip and nothing else, in the place of one of ours that is no longer of use."""
+    print(f"making {VENV.name} with Python {sys.version.split()[0]}", flush=True)
+    shutil.rmtree(VENV, ignore_errors=True)
+    VENV.mkdir()
+    STAMP.write_text(f"{place} {UNFINISHED}\n")
+    venv.create(VENV, with_pip=True)
+    STAMP.write_text(f"{place} {EMPTY}\n")
+
+
+def install() -> None:
     constraints = ROOT / "constraints.txt"
     pinned = re.search(r"^torch==\S+", constraints.read_text(), flags=re.MULTILINE)
     if pinned is None:
         raise SystemExit(f"error: expected a line torch==… in {constraints}, found none")
-    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    pip = [str(environment_python()), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     print(f"installing {pinned[0]}", flush=True)
     subprocess.run([*pip, pinned[0]], check=True)
     print(f"installing the workbook with its extras {EXTRAS}", flush=True)

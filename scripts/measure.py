@@ -11,7 +11,6 @@ missing or stale.
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 from cs336_systems.bench import sweep
@@ -20,7 +19,7 @@ from cs336_systems.errors import UserError, run_command
 from cs336_systems.experiments import experiment_names, grid_parameters, load_experiment, machine_peaks
 from cs336_systems.presentation import load_presentation
 from cs336_systems.workbook.index import load_index
-from cs336_systems.workbook.profiles import LAPTOP, experiments_of, load_profile
+from cs336_systems.workbook.profiles import LAPTOP, experiments_of, load_profile, local_data
 
 
 def main(argv: list[str] | None) -> int:
@@ -34,12 +33,12 @@ def main(argv: list[str] | None) -> int:
     of_profile = experiments_of(arguments.profile, load_index())
     for name in arguments.experiments:
         load_experiment(name)  # a misspelt name ends the run before anything is measured
-    if arguments.data_dir is not None:
-        os.environ["CS336_DATA"] = str(arguments.data_dir.absolute())
-    store = Store.default()
     failed = 0
-    for name in of_profile if arguments.all else arguments.experiments:
-        failed += measure(name, of_profile.get(name, {}), arguments.device, arguments.remeasure, store)
+    with local_data(arguments.profile, arguments.data_dir) as is_temporary:
+        for name in of_profile if arguments.all else arguments.experiments:
+            failed += measure(name, of_profile.get(name, {}), arguments.device, arguments.remeasure, Store.default())
+        if is_temporary:
+            print("Those records were temporary and are gone now; --data-dir FOLDER keeps them.")
     return 1 if failed else 0
 
 

@@ -16,7 +16,7 @@ import pandas as pd
 
 from cs336_systems.bench.records import Store, write_atomically
 from cs336_systems.bench.report import MISSING, Column, Table
-from cs336_systems.errors import run_command
+from cs336_systems.errors import UserError, run_command
 from cs336_systems.repository import repository_root
 from cs336_systems.workbook.index import YEARS, Index, load_index, points_text, with_readme_index
 
@@ -28,7 +28,11 @@ def main(argv: list[str] | None) -> int:
     index = load_index()
     if arguments.write_readme:
         readme = repository_root() / "README.md"
-        write_atomically(readme, with_readme_index(readme.read_text(encoding="utf-8"), index).encode())
+        try:
+            text = readme.read_text(encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"cannot read {readme}: {error.strerror}") from error
+        write_atomically(readme, with_readme_index(text, index).encode())
         return 0
     print(problems_table(index, Store.default()))
     for year in YEARS:

@@ -15,23 +15,18 @@ import argparse
 import os
 from pathlib import Path
 
-from cs336_systems.bench.records import Store
+from cs336_systems.bench.records import DATA_VARIABLE, Store
 from cs336_systems.errors import UserError, run_command, unknown_name
-from cs336_systems.repository import repository_root
 
 
 def main(argv: list[str] | None) -> int:
     arguments = parse(argv)
     if arguments.data_dir is not None:
-        os.environ["CS336_DATA"] = str(arguments.data_dir.absolute())
+        os.environ[DATA_VARIABLE] = str(arguments.data_dir.absolute())
     store = Store.default()
     available = store.local_machines()
     if arguments.list:
-        for machine, experiments in available.items():
-            for experiment in experiments:
-                records = store.local_records(machine, experiment).values()
-                runs = sorted({record.run for record in records})
-                print(f"{machine} {experiment}: {len(records)} cases, runs {', '.join(runs)}")
+        print_list(store, available)
         return 0
     if arguments.run and not (arguments.machine and len(arguments.experiment) == 1):
         raise UserError("--run names runs of one --machine and one --experiment: give both")
@@ -39,19 +34,35 @@ def main(argv: list[str] | None) -> int:
         raise UserError(f"there are no records in {store.local}: measure first (make run, scripts/measure.py)")
     if arguments.machine and arguments.machine not in available:
         raise unknown_name("machine", arguments.machine, available)
-    for machine in [arguments.machine] if arguments.machine else list(available):
-        for experiment in arguments.experiment or available[machine]:
-            if experiment not in available[machine]:
-                raise unknown_name(f"experiment of {machine}", experiment, available[machine])
-            path, count = store.publish(machine, experiment, arguments.run or None)
-            print(f"{path.relative_to(repository_root())}: {count} cases")
-            for run, context in store.published_context(machine, experiment).items():
-                if context.get("dirty") is not False:
-                    state = (
-                        "changes that were not committed" if context.get("dirty") else "no commit that could be read"
-                    )
-                    print(f"note: run {run} was measured from a checkout with {state}; its source hashes tell which")
+    machines = {name: available[name] for name in ([arguments.machine] if arguments.machine else available)}
+    known = sorted({experiment for experiments in machines.values() for experiment in experiments})
+    for experiment in arguments.experiment:
+        if experiment not in known:
+            raise unknown_name(f"experiment of {', '.join(machines)}", experiment, known)
+    for machine, experiments in machines.items():
+        for experiment in experiments:
+            if experiment in (arguments.experiment or known):
+                publish(store, machine, experiment, arguments.run or None)
     return 0
+
+
+def print_list(store: Store, available: dict[str, list[str]]) -> None:
+    for machine, experiments in available.items():
+        for experiment in experiments:
+            cases = len(store.local_records(machine, experiment))
+            print(
+                f"{machine} {experiment}: {cases} cases, runs {', '.join(store.local_run_names(machine, experiment))}"
+            )
+
+
+def publish(store: Store, machine: str, experiment: str, runs: list[str] | None) -> None:
+    """Publish, and say of which runs no commit tells what was measured."""
+    path, count = store.publish(machine, experiment, runs)
+    print(f"{path.relative_to(store.published.parent)}: {count} cases")
+    for run, context in store.published_context(machine, experiment).items():
+        if context.get("dirty") is not False:
+            state = "changes that were not committed" if context.get("dirty") else "no commit that could be read"
+            print(f"note: run {run} was measured from a checkout with {state}; its source hashes tell which")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -10,10 +10,8 @@ python scripts/run.py --dry-run             what would be measured, and about ho
 from __future__ import annotations
 
 import argparse
-import contextlib
+import math
 import os
-import tempfile
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,15 +20,15 @@ import pandas as pd
 
 from cs336_systems.bench.records import Store
 from cs336_systems.bench.report import Column, Table, number, seconds_in_words
-from cs336_systems.errors import run_command
+from cs336_systems.errors import UserError, run_command
 from cs336_systems.repository import repository_root
 from cs336_systems.workbook.index import Index, Notebook, load_index
 from cs336_systems.workbook.plan import ASSUMED_SLOWDOWN, plan_experiment
 from cs336_systems.workbook.profiles import (
     LAPTOP,
-    SMOKE,
     experiment_arguments,
     load_profile,
+    local_data,
     names_notebook,
     notebook_parameters,
     parse_overrides,
@@ -51,8 +49,10 @@ def main(argv: list[str] | None) -> int:
     chosen = [index.notebook(name) for name in arguments.notebooks] or [
         notebook for notebook in index.notebooks_there() if names_notebook(profile.name, notebook)
     ]
+    if not chosen:
+        raise UserError(f"profile {profile.name} names no notebook that is there: see --list, or name a notebook")
     parameters = {notebook: profile_parameters(profile.name, notebook, overrides) for notebook in chosen}
-    with local_data(arguments.data_dir, temporary=profile.name == SMOKE) as is_temporary:
+    with local_data(profile.name, arguments.data_dir) as is_temporary:
         if arguments.dry_run:
             print_plan(chosen, parameters, profile.name)
             return 0
@@ -93,18 +93,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-@contextlib.contextmanager
-def local_data(folder: Path | None, *, temporary: bool) -> Iterator[bool]:
-    """Say by CS336_DATA where this run's records go; whether that is a folder which ends with the run."""
-    with contextlib.ExitStack() as stack:
-        is_temporary = temporary and folder is None
-        if is_temporary:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cs336-smoke-")))
-        if folder is not None:
-            os.environ["CS336_DATA"] = str(folder.absolute())
-        yield is_temporary
-
-
 def print_list(index: Index) -> None:
     there = index.notebooks_there()
     print("Notebooks:")
@@ -135,6 +123,9 @@ def print_plan(chosen: list[Notebook], parameters: dict[Notebook, dict[str, obje
         Column("minutes", lambda row: number(row.minutes, 2)),
     ]
     print(Table.of(pd.DataFrame(plans), columns, caption=f"What profile {profile_name} would do"))
+    if all(math.isnan(plan.minutes) for plan in plans):
+        print("\nNo minutes: this machine's ceilings are not measured yet; run scripts/measure.py machine_peaks.")
+        return
     print(
         "\nMinutes are predicted for the steps of what has no record: their floor times what this machine's records "
         f"say (without records: {ASSUMED_SLOWDOWN:g}). Building models and starting processes comes on top; cases "

@@ -32,6 +32,8 @@ from cs336_systems.errors import UserError, WorkbookWarning, unknown_name
 from cs336_systems.repository import repository_root
 
 SCHEMA = 1
+DATA_VARIABLE = "CS336_DATA"
+"""The environment variable that moves a checkout's own records elsewhere."""
 Status = Literal["ok", "oom", "skipped", "failed"]
 STATUSES: tuple[Status, ...] = get_args(Status)
 
@@ -252,7 +254,7 @@ class Store:
     def default(cls) -> Store:
         """The checkout's own; the environment variable CS336_DATA moves the local part elsewhere."""
         data = repository_root() / "data"
-        told = os.environ.get("CS336_DATA")
+        told = os.environ.get(DATA_VARIABLE)
         return cls(local=Path(told).absolute() if told else data / "local", published=data)
 
     def begin_run(self, machine: Machine, experiment: str, context: dict[str, Any]) -> RunWriter:
@@ -287,6 +289,10 @@ class Store:
     def local_records(self, machine: str, experiment: str) -> dict[str, Record]:
         """The winning record of every case that this checkout measured on `machine`, by case key."""
         return newest_good(record for _, records in self._local_runs(machine, experiment) for record in records)
+
+    def local_run_names(self, machine: str, experiment: str) -> list[str]:
+        """The runs of an experiment, those whose every case was measured again later included."""
+        return sorted(path.stem for path in (self.local / machine / experiment).glob("*.jsonl"))
 
     def _local_runs(self, machine: str, experiment: str) -> Iterator[tuple[dict[str, dict[str, Any]], list[Record]]]:
         for path in sorted((self.local / machine / experiment).glob("*.jsonl")):

@@ -84,29 +84,46 @@ def load_index(path: Path | None = None) -> Index:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
-    notebooks = {name: _entry(Notebook, path, name=name, **entry) for name, entry in content["notebooks"].items()}
-    problems = {name: _entry(Problem, path, id=name, **entry) for name, entry in content["problems"].items()}
+    notebooks = {
+        name: _entry(Notebook, {"name": name}, entry, path) for name, entry in _section(content, "notebooks", path)
+    }
+    problems = {name: _entry(Problem, {"id": name}, entry, path) for name, entry in _section(content, "problems", path)}
     for problem in problems.values():
         if problem.state not in STATES:
             raise unknown_name(f"state of {problem.id} in {path}", problem.state, STATES)
         if problem.notebook not in notebooks:
             raise unknown_name(f"notebook of {problem.id} in {path}", problem.notebook, notebooks)
-        for year in problem.points:
+        if not isinstance(problem.points, dict):
+            raise UserError(f"{path}: points of {problem.id} must map years to whole numbers, found {problem.points!r}")
+        for year, points in problem.points.items():
             if year not in YEARS:
                 raise unknown_name(f"year of {problem.id} in {path}", year, YEARS)
+            if not isinstance(points, int) or isinstance(points, bool):
+                raise UserError(f"{path}: points of {problem.id} in {year} must be a whole number, found {points!r}")
     return Index(problems, notebooks)
 
 
-def _entry(kind: type[Any], path: Path, **entry: Any) -> Any:
-    known = [field.name for field in dataclasses.fields(kind)]
-    for name in entry:
-        if name not in known:
-            raise unknown_name(f"key of {next(iter(entry.values()))!r} in {path}", name, known)
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()}
+def _section(content: dict[str, Any], name: str, path: Path) -> list[tuple[str, Any]]:
+    section = content.get(name)
+    if not isinstance(section, dict):
+        raise UserError(f"{path} must have a table [{name}]")
+    return list(section.items())
+
+
+def _entry(kind: type[Any], identity: dict[str, str], entry: Any, path: Path) -> Any:
+    """A notebook or problem from its table; its name is the table's, so no key may give another."""
+    (name,) = identity.values()
+    if not isinstance(entry, dict):
+        raise UserError(f"{path}: {name!r} must be a table, found {entry!r}")
+    known = [field.name for field in dataclasses.fields(kind) if field.name not in identity]
+    for key in entry:
+        if key not in known:
+            raise unknown_name(f"key of {name!r} in {path}", key, known)
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
     try:
-        return kind(**values)
+        return kind(**identity, **values)
     except TypeError as error:
-        raise UserError(f"{path}: {next(iter(entry.values()))!r} is incomplete: {error}") from error
+        raise UserError(f"{path}: {name!r} is incomplete: {error}") from error
 
 
 def points_text(problem: Problem, year: str) -> str:

@@ -10,14 +10,19 @@ its experiments; what a file leaves out keeps the value in the cell, a laptop's.
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from cs336_systems.analysis.hardware import GPUS
+from cs336_systems.bench.records import DATA_VARIABLE
 from cs336_systems.errors import UserError, unknown_name
 from cs336_systems.experiments import grid_parameters, load_experiment
 from cs336_systems.repository import repository_root
@@ -57,7 +62,34 @@ def load_profile(name: str) -> Profile:
     for key in about:
         if key not in ("description", "gpu"):
             raise unknown_name(f"key in {path}", key, ("description", "gpu"))
-    return Profile(name, str(about.get("description", "")), about.get("gpu"))
+    gpu = about.get("gpu")
+    if gpu is not None and gpu not in GPUS:
+        raise unknown_name(f"gpu in {path}", gpu, GPUS)
+    return Profile(name, str(about.get("description", "")), gpu)
+
+
+@contextlib.contextmanager
+def local_data(profile: str, folder: Path | None) -> Iterator[bool]:
+    """Say by CS336_DATA where a run's records go; gives whether that is a folder which ends with the run.
+
+    The smoke profile's figures mean nothing, so they go to a temporary folder unless another is asked for.
+    """
+    with contextlib.ExitStack() as stack:
+        is_temporary = profile == SMOKE and folder is None
+        if is_temporary:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cs336-smoke-")))
+        if folder is not None:
+            before = os.environ.get(DATA_VARIABLE)
+            os.environ[DATA_VARIABLE] = str(folder.absolute())
+            stack.callback(_set_or_remove, DATA_VARIABLE, before)
+        yield is_temporary
+
+
+def _set_or_remove(variable: str, value: str | None) -> None:
+    if value is None:
+        os.environ.pop(variable, None)
+    else:
+        os.environ[variable] = value
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -70,7 +102,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # a date that does not exist is a ValueError
         place = getattr(error, "problem_mark", None)
         line = f" at line {place.line + 1}" if place else ""
         raise UserError(f"{path} is not YAML{line}: {str(error).splitlines()[0]}") from error
@@ -158,6 +190,6 @@ def parse_overrides(pairs: Sequence[Sequence[str]]) -> dict[str, Any]:
     for name, text in pairs:
         try:
             overrides[name] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:
             raise UserError(f"the value of -p {name} is not YAML: {str(error).splitlines()[0]}") from error
     return overrides

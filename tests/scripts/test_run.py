@@ -1,0 +1,341 @@
+"""scripts/run.py executes notebooks, leaves the checkout as it was, and tells a user's mistakes in one line."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import psutil
+import pytest
+
+from cs336_systems.errors import run_command
+from cs336_systems.repository import repository_root
+from cs336_systems.workbook.index import Notebook, load_index
+from cs336_systems.workbook.profiles import profile_names
+from cs336_systems.workbook.run import NotebookRun
+
+SCRIPT = repository_root() / "scripts" / "run.py"
+TIMING = "01_end_to_end_timing"
+# No bound on speed: a hang is a failure, and this is how long nothing may take.
+LIMIT_S = 120
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("scripts_run", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def status_of(script: ModuleType, *arguments: str) -> int:
+    """The exit status of the command line, without the cost of a process."""
+    with pytest.raises(SystemExit) as ended:
+        run_command(lambda _: script.main(list(arguments)))
+    assert isinstance(ended.value.code, int)
+    return ended.value.code
+
+
+def make_checkout(root: Path, cells: Mapping[str, list[str]]) -> Path:
+    """A checkout of notebooks with these code cells, without experiments, and a profile that names none of them."""
+    (root / "notebooks").mkdir(parents=True)
+    (root / "configs" / "profiles" / "empty").mkdir(parents=True)
+    (root / "configs" / "profiles" / "empty" / "profile.yaml").write_text("description: names no notebook\n")
+    index = ["[notebooks]", *(f'{name} = {{ title = "Made" }}' for name in cells), "[problems]"]
+    (root / "problems.toml").write_text("\n".join(index) + "\n")
+    for name, sources in cells.items():
+        content = {
+            "cells": [
+                {
+                    "cell_type": "code",
+                    "execution_count": None,
+                    "id": f"cell-{number}",
+                    "metadata": {"tags": ["parameters"]} if number == 0 else {},
+                    "outputs": [],
+                    "source": source,
+                }
+                for number, source in enumerate(["word = 'laptop'", *sources])
+            ],
+            "metadata": {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}},
+            "nbformat": 4,
+            "nbformat_minor": 5,
+        }
+        (root / "notebooks" / f"{name}.ipynb").write_text(json.dumps(content))
+    return root
+
+
+# Mistakes ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["99"], f"unknown notebook '99': Known: {TIMING}"),
+        (["01_end_to_end_timin"], f"unknown notebook '01_end_to_end_timin': did you mean '{TIMING}'?"),
+        (["--profile", "smok"], "unknown profile 'smok': did you mean 'smoke'? Known: laptop, a100-40gb, h100"),
+        (["-p", "stps", "3"], f"unknown parameter of {TIMING} given with -p 'stps': did you mean 'steps'? Known:"),
+        (["-p", "steps", "[1"], "the value of -p steps is not YAML"),
+        (["--dry-run", "-p", "contexts", "{smal: [8]}"], "unknown size 'smal': did you mean 'small'? Known: tiny,"),
+        (["--dry-run", "-p", "steps", "0"], "steps must be a whole number of at least 1, found 0"),
+        (["--dry-run", "-p", "contexts", "3"], "contexts must map size names to lists of context lengths, found 3"),
+    ],
+)
+def test_a_mistake_is_one_line_that_lists_what_is_known(
+    script: ModuleType, capsys: pytest.CaptureFixture[str], arguments: list[str], told: str
+) -> None:
+    assert status_of(script, *arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"error: {told}")
+    assert len(captured.err.splitlines()) == 1
+    assert captured.out == ""
+
+
+def test_a_mistake_ends_the_process_with_2_and_without_a_traceback() -> None:
+    ended = subprocess.run(
+        [sys.executable, str(SCRIPT), "--profile", "h20"], capture_output=True, text=True, timeout=LIMIT_S, check=False
+    )
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: unknown profile 'h20'")
+    assert "Traceback" not in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(
+    script: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("in the folder's place")
+    assert status_of(script, "01", "--data-dir", str(tmp_path / "file")) == 2
+    assert capsys.readouterr().err.startswith("error: cannot write executed notebooks to ")
+
+
+def test_a_profile_that_names_no_notebook_is_an_error_and_not_an_empty_success(
+    script: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CS336_ROOT", str(make_checkout(tmp_path / "checkout", {"01_made": []})))
+    assert status_of(script, "--profile", "empty") == 2
+    assert "empty" in capsys.readouterr().err
+
+
+# Looking -------------------------------------------------------------------------------------------------------
+
+
+def test_the_list_has_every_notebook_and_profile_and_says_which_are_planned(
+    script: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert status_of(script, "--list") == 0
+    lines = capsys.readouterr().out.splitlines()
+    index = load_index()
+    for notebook in index.notebooks.values():
+        (line,) = (line for line in lines if line.split()[:1] == [notebook.name])
+        assert line.endswith("(planned)") == (not notebook.path.is_file())
+    for profile in profile_names():
+        assert any(line.split()[:1] == [profile] for line in lines), profile
+
+
+def dry_run(script: ModuleType, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[dict[str, Any], str]:
+    """The rows of the plan by experiment, and all that was printed."""
+    assert status_of(script, "--dry-run", *arguments) == 0
+    text = capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    return {row[0]: dict(zip(rows[0], row, strict=True)) for row in rows[2:]}, text
+
+
+def test_a_dry_run_prints_the_cases_and_the_minutes_and_measures_nothing(
+    script: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan, _ = dry_run(script, capsys, "--profile", "h200")
+    assert set(plan) == {"transformer_step", "warmup"}
+    # Five sizes at four contexts and one at two, three phases, with and without autocast.
+    assert plan["transformer_step"]["cases"] == str((5 * 4 + 2) * 3 * 2)
+    assert plan["warmup"]["cases"] == str(3 * 4)
+    assert all(float(row["minutes"].replace(",", "")) > 0 for row in plan.values())
+    assert not Path(os.environ["CS336_DATA"]).exists()
+
+
+def test_a_dry_run_counts_with_the_parameters_given_by_hand(
+    script: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan, _ = dry_run(script, capsys, "01", "-p", "contexts", "{tiny: [8, 16]}", "-p", "warmup_counts", "[0]")
+    assert [row["cases"] for row in plan.values()] == ["6", "1"]
+
+
+def test_a_dry_run_that_cannot_predict_minutes_says_what_measures_the_ceilings(
+    script: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, text = dry_run(script, capsys, "01", "-p", "device", "cpu")
+    assert "machine_peaks" in text
+
+
+def test_a_dry_run_of_the_smoke_profile_leaves_no_folder(
+    script: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    plan, _ = dry_run(script, capsys, "--profile", "smoke")
+    assert [row["cases"] for row in plan.values()] == ["3", "2"]
+    assert list(tmp_path.iterdir()) == []
+
+
+# Running, with notebooks that are not executed -------------------------------------------------------------------
+
+
+@pytest.fixture
+def executed(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
+    """The names and parameters of what would have been executed; of two notebooks the first fails."""
+    monkeypatch.setenv("CS336_ROOT", str(make_checkout(tmp_path / "checkout", {"01_a": [], "02_b": []})))
+    found: list[tuple[str, dict[str, Any]]] = []
+
+    def pretend(notebook: Notebook, parameters: dict[str, Any], folder: Path) -> NotebookRun:
+        found.append((notebook.name, parameters))
+        error = "ValueError: because" if notebook.name == "01_a" else None
+        output = folder / f"{notebook.name}.ipynb"
+        return NotebookRun(notebook, error, 100.0, output, Counter(ok=3), [f"table of {notebook.name}"])
+
+    monkeypatch.setattr(script, "execute", pretend)
+    return found
+
+
+def test_a_notebook_that_fails_does_not_keep_the_next_from_running(
+    script: ModuleType, capsys: pytest.CaptureFixture[str], executed: list[tuple[str, dict[str, Any]]]
+) -> None:
+    assert status_of(script) == 1
+    assert [name for name, _ in executed] == ["01_a", "02_b"]
+    text = capsys.readouterr().out
+    assert "failed: ValueError: because" in text
+    assert "table of 01_a" in text
+    assert "table of 02_b" in text
+
+
+def test_with_fail_fast_the_first_failure_is_the_last_notebook(
+    script: ModuleType, executed: list[tuple[str, dict[str, Any]]]
+) -> None:
+    assert status_of(script, "--fail-fast") == 1
+    assert [name for name, _ in executed] == ["01_a"]
+
+
+def test_only_the_notebooks_named_run_with_the_parameters_given(
+    script: ModuleType, executed: list[tuple[str, dict[str, Any]]]
+) -> None:
+    assert status_of(script, "2", "-p", "word", "[given, by hand]") == 0
+    assert executed == [("02_b", {"word": ["given", "by hand"]})]
+
+
+def test_a_misspelt_notebook_among_several_ends_the_run_before_any_is_executed(
+    script: ModuleType, executed: list[tuple[str, dict[str, Any]]]
+) -> None:
+    assert status_of(script, "1", "2", "3") == 2
+    assert executed == []
+
+
+def test_remeasuring_reaches_into_the_kernels_by_their_environment(
+    script: ModuleType, executed: list[tuple[str, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CS336_REMEASURE", "0")
+    assert status_of(script, "2", "--remeasure") == 0
+    assert executed
+    assert os.environ["CS336_REMEASURE"] == "1"
+
+
+# Running for real ----------------------------------------------------------------------------------------------
+
+
+def copy_of_checkout(target: Path) -> Path:
+    """What a run reads, under version control of its own: others may be working on the checkout itself."""
+    root = repository_root()
+    target.mkdir()
+    for name in ("problems.toml", ".gitignore"):
+        shutil.copy(root / name, target / name)
+    for name in ("notebooks", "configs", "data/reference"):
+        shutil.copytree(root / name, target / name, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    git(target, "init", "--quiet")
+    git(target, "add", "--all")
+    git(target, "-c", "user.name=Test", "-c", "user.email=test@example.org", "commit", "--quiet", "--message", "All")
+    return target
+
+
+def git(root: Path, *arguments: str) -> str:
+    return subprocess.run(
+        ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=LIMIT_S, check=True
+    ).stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git, to see what changed")
+def test_the_smoke_run_prints_its_tables_and_leaves_neither_changes_nor_temporary_folders(tmp_path: Path) -> None:
+    checkout = copy_of_checkout(tmp_path / "checkout")
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    environment = os.environ | {"CS336_ROOT": str(checkout), "TMPDIR": str(temporary)}
+    ended = subprocess.run(
+        [sys.executable, str(SCRIPT), "--profile", "smoke"],
+        cwd=checkout,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "Traceback" not in ended.stderr
+    captions = ("**Time per step", "**Warm-ups", "**Cases by notebook**")
+    assert [caption for caption in captions if caption not in ended.stdout] == []
+    # Three phases and two warm-ups; the ceilings come on top on a CPU.
+    (row,) = (line for line in ended.stdout.splitlines() if line.startswith(f"| {TIMING} "))
+    ok, reused, oom, _, failed = (int(cell) for cell in row.split("|")[2:7])
+    assert (ok >= 5, reused, oom, failed) == (True, 0, 0, 0)
+    assert git(checkout, "status", "--porcelain", "--ignored") == ""
+    assert [path.name for path in temporary.glob("cs336-*")] == []
+    # The folder the caller's environment names is for runs that are kept.
+    assert not Path(os.environ["CS336_DATA"]).exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals are those of POSIX")
+def test_ctrl_c_ends_a_run_with_130_one_sentence_and_no_kernel_left_behind(tmp_path: Path) -> None:
+    started = tmp_path / "started"
+    checkout = make_checkout(
+        tmp_path / "checkout", {"01_sleep": [f"import time\nopen({str(started)!r}, 'w').close()\ntime.sleep(3600)"]}
+    )
+    # In a session of its own, so that the signal reaches the runner alone and it must see to its kernel.
+    with subprocess.Popen(
+        [sys.executable, str(SCRIPT), "01"],
+        env=os.environ | {"CS336_ROOT": str(checkout)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as runner:
+        kernels: list[psutil.Process] = []
+        try:
+            deadline = time.monotonic() + LIMIT_S
+            while not started.exists():
+                assert runner.poll() is None, "the run ended before its notebook began"
+                assert time.monotonic() < deadline, "the notebook never began"
+                time.sleep(0.05)
+            kernels = psutil.Process(runner.pid).children(recursive=True)
+            assert kernels, "there was no kernel to leave behind"
+            runner.send_signal(signal.SIGINT)
+            _, errors = runner.communicate(timeout=LIMIT_S)
+            assert runner.returncode == 130
+            assert errors.splitlines()[-1] == "interrupted: 01_sleep was stopped; its finished cases are saved"
+            _, alive = psutil.wait_procs(kernels, timeout=LIMIT_S / 4)
+            assert alive == []
+        finally:
+            if runner.poll() is None:
+                runner.kill()
+            for kernel in kernels:
+                if kernel.is_running():
+                    kernel.kill()
+    left = [path.name for path in Path(os.environ["CS336_DATA"]).rglob("*") if path.is_file()]
+    assert left == [], "a partial copy remained"
