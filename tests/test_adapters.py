@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import inspect
 import re
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from source_files import load_file
 
 from cs336_systems.workbook.index import load_index
 
@@ -54,12 +54,7 @@ PROBLEMS = {
 
 @pytest.fixture(scope="module")
 def adapters() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("adapters_of_the_suites", PATH)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_file(PATH, "adapters_of_the_suites")
 
 
 def functions_of(module: ModuleType) -> dict[str, object]:

@@ -6,9 +6,7 @@ import copy
 import dataclasses
 import itertools
 import math
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -46,25 +44,6 @@ ATTENTIONS = ("reference", "sdpa")
 every_formulation = pytest.mark.parametrize("formulation", FORMULATIONS)
 every_attention = pytest.mark.parametrize("attention", ATTENTIONS)
 every_rope = pytest.mark.parametrize("rope", ROPES)
-
-_module_numbers = itertools.count()
-
-
-@pytest.fixture
-def write_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], str]]:
-    """Writes a module into the working directory and returns its name, which no other test has."""
-    names: list[str] = []
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-
-    def write(source: str) -> str:
-        names.append(f"students_model_{next(_module_numbers)}")
-        (tmp_path / f"{names[-1]}.py").write_text(source, encoding="utf-8")
-        return names[-1]
-
-    yield write
-    for name in names:
-        sys.modules.pop(name, None)
 
 
 def course_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:

@@ -3,35 +3,15 @@
 from __future__ import annotations
 
 import collections
-import itertools
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from cs336_systems.errors import UserError
 from cs336_systems.object_reference import is_object_reference, load_object, source_file_of
-
-_module_numbers = itertools.count()
-
-
-@pytest.fixture
-def write_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], str]]:
-    """Writes a module into the working directory and returns its name, which no other test has."""
-    names: list[str] = []
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-
-    def write(source: str) -> str:
-        names.append(f"referenced_{next(_module_numbers)}")
-        (tmp_path / f"{names[-1]}.py").write_text(source, encoding="utf-8")
-        return names[-1]
-
-    yield write
-    for name in names:
-        sys.modules.pop(name, None)
 
 
 @pytest.mark.parametrize(("name", "expected"), [("my.module:Model", True), ("sdpa", False), ("", False)])

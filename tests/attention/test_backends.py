@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,25 +10,6 @@ from torch import Tensor
 
 from cs336_systems.attention.backends import IMPLEMENTATIONS, AttentionFunction, resolve_attention
 from cs336_systems.errors import UserError
-
-_module_numbers = itertools.count()
-
-
-@pytest.fixture
-def write_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], str]]:
-    """Writes a module into the working directory and returns its name, which no other test has."""
-    names: list[str] = []
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-
-    def write(source: str) -> str:
-        names.append(f"students_attention_{next(_module_numbers)}")
-        (tmp_path / f"{names[-1]}.py").write_text(source, encoding="utf-8")
-        return names[-1]
-
-    yield write
-    for name in names:
-        sys.modules.pop(name, None)
 
 
 def dense_attention(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> Tensor:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import toy_experiment
+from source_files import load_file
 
 from cs336_systems.bench import fingerprint
 from cs336_systems.bench.machine import this_machine
@@ -26,16 +24,6 @@ def area(radius):
     # a comment
     return math.pi * radius**2  # "not a # comment"
 '''
-
-
-def module_from(path: Path, name: str = "measured_somewhere") -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_comments_docstrings_and_blank_lines_are_no_part_of_the_source() -> None:
@@ -69,7 +57,7 @@ def test_measure_is_hashed_with_what_it_names_in_its_module_and_nothing_else(tmp
     for changed in ("nothing", *original):
         path = tmp_path / f"experiment_{changed}.py"
         path.write_text(program.format(**(original | ({changed: 2} if changed in original else {}))))
-        measure = module_from(path, path.stem).measure
+        measure = load_file(path, path.stem).measure
         sources[changed] = fingerprint.function_with_callees(measure)
     assert sources["summary"] == sources["nothing"]
     assert sources["helper"] != sources["nothing"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import re
 import subprocess
@@ -14,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from source_files import load_script, status_of
 
 from cs336_systems.analysis.hardware import Peaks
 from cs336_systems.bench.machine import this_machine
 from cs336_systems.bench.records import Record, Store
-from cs336_systems.errors import run_command
 from cs336_systems.experiments import machine_peaks
 from cs336_systems.repository import repository_root
 
@@ -44,25 +43,12 @@ class Theirs(torch.nn.Module):
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("scripts_benchmark_step", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("benchmark_step")
 
 
 @pytest.fixture(autouse=True)
 def _known_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine_peaks, "ensure_peaks", lambda *_: PEAKS)
-
-
-def status_of(script: ModuleType, *arguments: str) -> int:
-    """The exit status of the command line, without the cost of a process."""
-    with pytest.raises(SystemExit) as ended:
-        run_command(lambda _: script.main(list(arguments)))
-    assert isinstance(ended.value.code, int)
-    return ended.value.code
 
 
 def records() -> list[Record]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -11,11 +10,11 @@ from types import MappingProxyType, ModuleType
 from typing import Any
 
 import pytest
+from source_files import load_script, status_of
 
 from cs336_systems.analysis.hardware import Peaks
 from cs336_systems.bench.machine import this_machine
 from cs336_systems.bench.records import Store
-from cs336_systems.errors import run_command
 from cs336_systems.experiments import experiment_names, machine_peaks, transformer_step
 from cs336_systems.repository import repository_root
 
@@ -34,20 +33,7 @@ PEAKS = Peaks("made", MappingProxyType({"float32": 1e12}), 1e11, 2**20, 2**30, "
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("scripts_measure", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def status_of(script: ModuleType, *arguments: str) -> int:
-    """The exit status of the command line, without the cost of a process."""
-    with pytest.raises(SystemExit) as ended:
-        run_command(lambda _: script.main(list(arguments)))
-    assert isinstance(ended.value.code, int)
-    return ended.value.code
+    return load_script("measure")
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from source_files import status_of
 
 from cs336_systems.bench.machine import Machine
 from cs336_systems.bench.records import Measurement, Record, Store
-from cs336_systems.errors import run_command
 from cs336_systems.repository import repository_root
 from cs336_systems.workbook.index import README_BEGIN, README_END, load_index, readme_index
 
@@ -26,14 +26,6 @@ def script() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def status_of(script: ModuleType, *arguments: str) -> int:
-    """The exit status of the command line, without the cost of a process."""
-    with pytest.raises(SystemExit) as ended:
-        run_command(lambda _: script.main(list(arguments)))
-    assert isinstance(ended.value.code, int)
-    return ended.value.code
 
 
 def rows_of(text: str) -> dict[str, dict[str, str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 from pathlib import Path
@@ -10,10 +9,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from source_files import load_script, status_of
 
 from cs336_systems.bench.machine import Machine
 from cs336_systems.bench.records import Measurement, Record, Store, read_lines
-from cs336_systems.errors import run_command
 from cs336_systems.repository import repository_root
 
 SCRIPT = repository_root() / "scripts" / "publish_records.py"
@@ -23,20 +22,7 @@ OTHER = Machine("other-2c", "cpu", {"device_name": "Other", "cores": 2})
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("scripts_publish_records", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def status_of(script: ModuleType, *arguments: str) -> int:
-    """The exit status of the command line, without the cost of a process."""
-    with pytest.raises(SystemExit) as ended:
-        run_command(lambda _: script.main(list(arguments)))
-    assert isinstance(ended.value.code, int)
-    return ended.value.code
+    return load_script("publish_records")
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -18,8 +17,8 @@ from typing import Any
 
 import psutil
 import pytest
+from source_files import load_script, status_of
 
-from cs336_systems.errors import run_command
 from cs336_systems.repository import repository_root
 from cs336_systems.workbook.index import Notebook, load_index
 from cs336_systems.workbook.profiles import profile_names
@@ -33,20 +32,7 @@ LIMIT_S = 120
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("scripts_run", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def status_of(script: ModuleType, *arguments: str) -> int:
-    """The exit status of the command line, without the cost of a process."""
-    with pytest.raises(SystemExit) as ended:
-        run_command(lambda _: script.main(list(arguments)))
-    assert isinstance(ended.value.code, int)
-    return ended.value.code
+    return load_script("run")
 
 
 def make_checkout(root: Path, cells: Mapping[str, list[str]]) -> Path:

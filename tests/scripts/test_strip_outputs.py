@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from source_files import load_script, status_of
 
-from cs336_systems.errors import run_command
 from cs336_systems.repository import repository_root
 
 SCRIPT = repository_root() / "scripts" / "strip_outputs.py"
@@ -18,20 +17,7 @@ SCRIPT = repository_root() / "scripts" / "strip_outputs.py"
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("scripts_strip_outputs", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def status_of(script: ModuleType, *arguments: str | Path) -> int:
-    """The exit status of the command line, without the cost of a process."""
-    with pytest.raises(SystemExit) as ended:
-        run_command(lambda _: script.main([str(argument) for argument in arguments]))
-    assert isinstance(ended.value.code, int)
-    return ended.value.code
+    return load_script("strip_outputs")
 
 
 def content() -> dict[str, Any]:
