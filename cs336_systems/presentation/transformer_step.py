@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -134,7 +133,11 @@ def caption(summary: pd.DataFrame) -> str:
 def _notes(summary: pd.DataFrame) -> list[str]:
     notes = []
     if summary["noise"].any():
-        notes.append("~ disturbed while measured: " + "; ".join(sorted({text for text in summary["noise"] if text})))
+        disturbed = summary[summary["noise"] != ""]
+        notes.append(
+            f"~ noisy, {len(disturbed)} of {len(summary)} cases: "
+            + "; ".join(f"{_name(row)} ({row['noise']})" for _, row in disturbed.iterrows())
+        )
     if summary["stale"].any():
         notes.append("† stale: " + "; ".join(sorted({text for text in summary["stale"] if text})))
     return notes + [
@@ -213,8 +216,9 @@ def findings(summary: pd.DataFrame) -> Findings:
         worst = floors.loc[floors["times_bound"].idxmax()]
         sentences.append(
             Finding(
-                f"Nearest its floor is {_name(best)}, {number(best['times_bound'], 2)} times it; farthest "
-                f"{_name(worst)}, {number(worst['times_bound'], 2)} times. No time can lie below its floor: one that "
+                f"Nearest its floor is {_name(best)} ({number(best['median_ms'])} ms, {number(best['times_bound'], 2)} "
+                f"times the floor); farthest {_name(worst)} ({number(worst['median_ms'])} ms, "
+                f"{number(worst['times_bound'], 2)} times). No time can lie below its floor: one that "
                 "does means that the machine was disturbed when its ceilings were measured.",
                 holds=bool(best["times_bound"] >= 1.0),
             )
@@ -251,6 +255,4 @@ def _backward_against_forward(measured: pd.DataFrame) -> list[Finding]:
 
 
 def _name(row: pd.Series) -> str:
-    milliseconds = row["median_ms"]
-    shown = f" ({number(milliseconds)} ms)" if not math.isnan(milliseconds) else ""
-    return f"{row['phase']} of {row['size']} at context {row['context_length']}{shown}"
+    return f"{row['phase']} of {row['size']} at context {row['context_length']}"

@@ -93,6 +93,7 @@ def test_what_did_not_run_says_why_and_what_was_disturbed_or_stale_is_marked() -
     assert re.search(r"\| +oom \|", text)
     assert "small, context 128, forward: oom, needs 9 GiB" in text
     assert "10.00 ± 0.10 ~" in text
+    assert "~ noisy, 1 of 3 cases: forward of small at context 128 (spread of 40% of the median)" in text
     assert "10.00 ± 0.10 †" in text
     assert "† stale: model changed" in text
 
