@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 
 
@@ -21,16 +22,19 @@ class WorkbookWarning(UserWarning):
     """Something the user may want to know that stops nothing, such as a damaged line that was skipped."""
 
 
-def unknown_name(kind: str, found: object, known: Iterable[str]) -> UserError:
-    """The error for a name that is not one of `known`: it lists them, nearest first.
+def unknown_name(kind: str, found: object, known: Iterable[str], *, where: str = "") -> UserError:
+    """The error for a name that is not one of `known`: it lists them, and says which is near.
 
     >>> str(unknown_name("size", "smal", ["small", "large"]))
     "unknown size 'smal': did you mean 'small'? Known: small, large"
+    >>> str(unknown_name("key", "zz", ["a"], where="in file.yaml"))
+    "unknown key 'zz' in file.yaml; known: a"
     """
     names = list(known)
     near = difflib.get_close_matches(str(found), names, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return UserError(f"unknown {kind} {str(found)!r}: {hint}Known: {', '.join(names) or 'none'}")
+    hint = f": did you mean {near[0]!r}? Known" if near else "; known"
+    place = f" {where}" if where else ""
+    return UserError(f"unknown {kind} {str(found)!r}{place}{hint}: {', '.join(names) or 'none'}")
 
 
 def first_line(error: BaseException) -> str:
@@ -39,12 +43,18 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
 
 
+def _show_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
+    kind = "warning" if issubclass(category, WorkbookWarning) else category.__name__
+    print(f"{kind}: {message}", file=sys.stderr)
+
+
 def run_command(main: Callable[[list[str] | None], int]) -> None:
     """Run a command line's `main` and exit with its status, without a traceback for the user's own mistakes.
 
     Exit statuses: what `main` returns; 2 for a `UserError`; 130 for Ctrl-C (what shells expect); 141 when
     the reader of our output went away (`… | head`).
     """
+    warnings.showwarning = _show_warning
     try:
         status = main(None)
         sys.stdout.flush()

@@ -41,8 +41,8 @@ def load_object(reference: str) -> Any:
         raise UserError(f"cannot import {module_name!r} for {reference!r}: {first_line(error)}") from error
     for attribute in attribute_path.split("."):
         if not hasattr(found, attribute):
-            public = [name for name in vars(found) if not name.startswith("_")]
-            raise unknown_name(f"attribute of {module_name!r}", attribute, public)
+            public = [name for name, value in vars(found).items() if name[0] != "_" and not inspect.ismodule(value)]
+            raise unknown_name("attribute", attribute, public, where=f"of {module_name!r}")
         found = getattr(found, attribute)
     return found
 

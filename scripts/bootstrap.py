@@ -7,6 +7,7 @@ the rest, at the version in constraints.txt, so that no other package can pull i
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import os
 import re
@@ -26,7 +27,8 @@ EXTRAS = "notebooks,gpu,dev"
 OLDEST, NEWEST = (3, 11), (3, 13)
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
     if not OLDEST <= sys.version_info[:2] <= NEWEST:
         found, wanted = ".".join(map(str, sys.version_info[:3])), "3.11, 3.12 or 3.13"
         print(f"error: expected Python {wanted}, found {found}: make PYTHON=python3.12 …", file=sys.stderr)

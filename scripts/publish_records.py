@@ -38,7 +38,7 @@ def main(argv: list[str] | None) -> int:
     known = sorted({experiment for experiments in machines.values() for experiment in experiments})
     for experiment in arguments.experiment:
         if experiment not in known:
-            raise unknown_name(f"experiment of {', '.join(machines)}", experiment, known)
+            raise unknown_name("experiment", experiment, known, where=f"of {', '.join(machines)}")
     for machine, experiments in machines.items():
         for experiment in experiments:
             if experiment in (arguments.experiment or known):

@@ -37,7 +37,7 @@ class Peaks:
     def rate(self, precision: str) -> float:
         """FLOP/s of matrix products in `precision`; one the device has no figure for is an error."""
         if precision not in self.matmul_flops_per_s:
-            raise unknown_name(f"precision of {self.name}", precision, self.matmul_flops_per_s)
+            raise unknown_name("precision", precision, self.matmul_flops_per_s, where=f"of {self.name}")
         return self.matmul_flops_per_s[precision]
 
 

@@ -38,7 +38,7 @@ def product(
     fields = [field.name for field in dataclasses.fields(case_type)]  # type: ignore[arg-type]
     for name in axes:
         if name not in fields:
-            raise unknown_name(f"axis of {case_type.__qualname__}", name, fields)
+            raise unknown_name("axis", name, fields, where=f"of {case_type.__qualname__}")
     values = {name: list(axis) if isinstance(axis, (list, tuple)) else [axis] for name, axis in axes.items()}
     for name, axis in values.items():
         if not axis:

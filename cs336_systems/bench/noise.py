@@ -7,12 +7,18 @@ from __future__ import annotations
 
 import os
 import statistics
-from datetime import UTC, datetime
+import time
 from typing import Any
 
 import psutil
 
 from cs336_systems.bench.context import nvidia_smi
+from cs336_systems.bench.machine import usable_cores
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 
 class NoiseMonitor:
@@ -25,6 +31,10 @@ class NoiseMonitor:
     """Involuntary context switches per second and core beyond which a CPU measurement shared its cores."""
     STEAL = 0.02
     """Share of processor time taken by other virtual machines."""
+    OTHERS = 0.05
+    """Share of this process's cores that other processes used."""
+    TICKS_S = 0.05
+    """Less than this many seconds of other processes is below what the system counts in."""
     SPREAD = 0.10
     """Interquartile range over median."""
 
@@ -45,7 +55,11 @@ class NoiseMonitor:
         steal = (self._ended["steal"] - self._started["steal"]) / max(seconds * (os.cpu_count() or 1), 1e-9)
         spread = max((relative_spread(values) for values in samples.values()), default=0.0)
         throttled = _throttle_reasons() if self.device == "cuda" else None
+        others = max(0.0, self._ended["busy"] - self._started["busy"] - (self._ended["own"] - self._started["own"]))
+        share = others / max(seconds * usable_cores(), 1e-9)
         flags = []
+        if share > self.OTHERS and others > self.TICKS_S:
+            flags.append(f"other processes used {share:.0%} of the cores")
         if switches / max(seconds, 1.0) > self.SWITCHES_PER_S * (os.cpu_count() or 1):
             flags.append(f"{switches / seconds:.0f} involuntary context switches per second")
         if steal > self.STEAL:
@@ -54,16 +68,39 @@ class NoiseMonitor:
             flags.append(f"spread of {spread:.0%} of the median")
         if throttled:
             flags.append(f"GPU clocks throttled: {throttled}")
-        return {"flags": flags, "involuntary_switches": switches, "steal": steal, "spread": spread}
+        return {
+            "flags": flags,
+            "involuntary_switches": switches,
+            "steal": steal,
+            "others": share,
+            "spread": spread,
+        }
 
     @staticmethod
     def _counters() -> dict[str, Any]:
-        process, times = psutil.Process(), psutil.cpu_times()
+        own = psutil.Process().cpu_times()
         return {
-            "time": datetime.now(UTC).timestamp(),
-            "switches": process.num_ctx_switches().involuntary,
-            "steal": getattr(times, "steal", 0.0),
+            "time": time.monotonic(),
+            "switches": _involuntary_switches(),
+            "steal": getattr(psutil.cpu_times(), "steal", 0.0),
+            "busy": _busy_seconds(),
+            "own": own.user + own.system + getattr(own, "children_user", 0.0) + getattr(own, "children_system", 0.0),
         }
+
+
+def _involuntary_switches() -> int:
+    """Of all threads, where the system counts them together."""
+    if resource is None:
+        return int(psutil.Process().num_ctx_switches().involuntary)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+
+
+def _busy_seconds() -> float:
+    """Processor time that anything spent on the cores this process may use."""
+    per_core = psutil.cpu_times(percpu=True)
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(len(per_core))
+    kinds = ("user", "nice", "system", "irq", "softirq")
+    return sum(getattr(per_core[core], kind, 0.0) for core in cores if core < len(per_core) for kind in kinds)
 
 
 def relative_spread(samples: list[float]) -> float:

@@ -268,9 +268,13 @@ class Store:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise _cannot_write(folder, error) from error
-        self._check_machine(self.local / machine.name / "machine.json", machine)
+        self.check_machine(machine)
         run = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
         return RunWriter(folder / f"{run}.jsonl", experiment, machine.name, run, context)
+
+    def check_machine(self, machine: Machine) -> None:
+        """Raise a UserError if the records kept under this machine's name are of other hardware."""
+        self._check_machine(self.local / machine.name / "machine.json", machine)
 
     @staticmethod
     def _check_machine(path: Path, machine: Machine) -> None:
@@ -288,7 +292,11 @@ class Store:
 
     def local_records(self, machine: str, experiment: str) -> dict[str, Record]:
         """The winning record of every case that this checkout measured on `machine`, by case key."""
-        return newest_good(record for _, records in self._local_runs(machine, experiment) for record in records)
+        return newest_good(self.all_local_records(machine, experiment))
+
+    def all_local_records(self, machine: str, experiment: str) -> list[Record]:
+        """Every record of an experiment, superseded ones too."""
+        return [record for _, records in self._local_runs(machine, experiment) for record in records]
 
     def local_run_names(self, machine: str, experiment: str) -> list[str]:
         """The runs of an experiment, those whose every case was measured again later included."""
@@ -342,7 +350,7 @@ class Store:
             records += [record for record in run_records if chosen is None or record.run in chosen]
         missing = (chosen or set()) - available
         if missing:
-            raise unknown_name(f"run of {experiment} on {machine}", sorted(missing)[0], sorted(available))
+            raise unknown_name("run", sorted(missing)[0], sorted(available), where=f"of {experiment} on {machine}")
         if not records:
             raise UserError(f"no records of {experiment} on {machine} in {self.local}: measure first")
         path = self.published / machine / f"{experiment}.jsonl"

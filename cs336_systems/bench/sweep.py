@@ -77,6 +77,8 @@ def run(
     store = store or Store.default()
     machine = machine or this_machine(_device_of(cells))
     name = experiment.__name__.rpartition(".")[2]
+    if (store.local / machine.name).is_dir():
+        store.check_machine(machine)
     known = store.local_records(machine.name, name)
     fingerprints = _fingerprints(experiment, machine, cells)
     waiting = [cell for cell in cells if remeasure or not _is_settled(known, cell, fingerprints[_key(cell)])]

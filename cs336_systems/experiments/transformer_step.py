@@ -221,6 +221,13 @@ def measure(case: Case, on_part: OnPart) -> Measurement:
     )
 
 
+_HELD = {
+    "forward": "weights",
+    "forward-backward": "weights and gradients",
+    "step": "weights, gradients and optimizer state",
+}
+
+
 def require_memory(case: Case) -> None:
     """Refuse what cannot fit, in a moment instead of after minutes of initialisation.
 
@@ -232,8 +239,8 @@ def require_memory(case: Case) -> None:
     available = available_memory_bytes() if case.device == "cpu" else torch.cuda.mem_get_info()[0]
     if needed > available:
         raise OutOfMemory(
-            f"{case} needs at least {bytes_in_words(needed)} for weights, gradients and optimizer state, "
-            f"and {bytes_in_words(available)} are available"
+            f"{_HELD[phase]} need at least {bytes_in_words(needed)}, and {bytes_in_words(available)} are available: "
+            "take a smaller size"
         )
 
 

@@ -70,6 +70,9 @@ class Index:
             number = notebook.name.partition("_")[0]
             if wanted == notebook.name or (wanted.isdigit() and int(wanted) == int(number)):
                 return notebook
+        planned = next((name for name in self.notebooks if name.startswith(f"{wanted}_") or name == wanted), None)
+        if planned is not None:
+            raise UserError(f"{planned} is planned and not there yet: {', '.join(each.name for each in there)} are")
         raise unknown_name("notebook", name_or_number, [notebook.name for notebook in there])
 
 
@@ -90,14 +93,14 @@ def load_index(path: Path | None = None) -> Index:
     problems = {name: _entry(Problem, {"id": name}, entry, path) for name, entry in _section(content, "problems", path)}
     for problem in problems.values():
         if problem.state not in STATES:
-            raise unknown_name(f"state of {problem.id} in {path}", problem.state, STATES)
+            raise unknown_name("state", problem.state, STATES, where=f"of {problem.id} in {path}")
         if problem.notebook not in notebooks:
-            raise unknown_name(f"notebook of {problem.id} in {path}", problem.notebook, notebooks)
+            raise unknown_name("notebook", problem.notebook, notebooks, where=f"of {problem.id} in {path}")
         if not isinstance(problem.points, dict):
             raise UserError(f"{path}: points of {problem.id} must map years to whole numbers, found {problem.points!r}")
         for year, points in problem.points.items():
             if year not in YEARS:
-                raise unknown_name(f"year of {problem.id} in {path}", year, YEARS)
+                raise unknown_name("year", year, YEARS, where=f"of {problem.id} in {path}")
             if not isinstance(points, int) or isinstance(points, bool):
                 raise UserError(f"{path}: points of {problem.id} in {year} must be a whole number, found {points!r}")
     return Index(problems, notebooks)
@@ -118,7 +121,7 @@ def _entry(kind: type[Any], identity: dict[str, str], entry: Any, path: Path) ->
     known = [field.name for field in dataclasses.fields(kind) if field.name not in identity]
     for key in entry:
         if key not in known:
-            raise unknown_name(f"key of {name!r} in {path}", key, known)
+            raise unknown_name("key", key, known, where=f"of {name} in {path}")
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
     try:
         return kind(**identity, **values)

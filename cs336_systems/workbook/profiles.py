@@ -61,10 +61,10 @@ def load_profile(name: str) -> Profile:
     about = read_yaml(path)
     for key in about:
         if key not in ("description", "gpu"):
-            raise unknown_name(f"key in {path}", key, ("description", "gpu"))
+            raise unknown_name("key", key, ("description", "gpu"), where=f"in {path}")
     gpu = about.get("gpu")
     if gpu is not None and gpu not in GPUS:
-        raise unknown_name(f"gpu in {path}", gpu, GPUS)
+        raise unknown_name("gpu", gpu, GPUS, where=f"in {path}")
     return Profile(name, str(about.get("description", "")), gpu)
 
 
@@ -153,7 +153,7 @@ def profile_parameters(profile: str, notebook: Notebook, overrides: Mapping[str,
     for source, names in ((f"in {path}", from_file), ("given with -p", overrides or {})):
         for name in names:
             if name not in known:
-                raise unknown_name(f"parameter of {notebook.name} {source}", name, known)
+                raise unknown_name("parameter", name, known, where=f"of {notebook.name} {source}")
     return {**from_file, **(overrides or {})}
 
 
