@@ -8,6 +8,7 @@ Any other exception is a defect of the workbook, and keeps its traceback.
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import sys
 import warnings
@@ -43,6 +44,11 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
 
 
+def _discard_output() -> None:
+    """What is still buffered cannot be written, and Python would complain of it once more when it exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _show_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
     kind = "warning" if issubclass(category, WorkbookWarning) else category.__name__
     print(f"{kind}: {message}", file=sys.stderr)
@@ -54,7 +60,7 @@ def run_command(main: Callable[[list[str] | None], int]) -> None:
     Exit statuses: what `main` returns; 2 for a `UserError`; 130 for Ctrl-C (what shells expect); 141 when
     the reader of our output went away (`… | head`).
     """
-    warnings.showwarning = _show_warning
+    warnings.showwarning = _show_warning  # type: ignore[assignment]
     try:
         status = main(None)
         sys.stdout.flush()
@@ -66,7 +72,12 @@ def run_command(main: Callable[[list[str] | None], int]) -> None:
         print(f"\ninterrupted: {str(error) or 'nothing was running'}", file=sys.stderr)
         status = 130
     except BrokenPipeError:
-        # Python would complain once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         status = 141
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(f"error: cannot write the output: {error.strerror}", file=sys.stderr)
+        _discard_output()
+        status = 2
     sys.exit(status)

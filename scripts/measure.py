@@ -16,9 +16,10 @@ from pathlib import Path
 from cs336_systems.bench import sweep
 from cs336_systems.bench.records import Store
 from cs336_systems.errors import UserError, run_command
-from cs336_systems.experiments import experiment_names, grid_parameters, load_experiment, machine_peaks
+from cs336_systems.experiments import experiment_names, load_experiment, machine_peaks
 from cs336_systems.presentation import load_presentation
 from cs336_systems.workbook.index import load_index
+from cs336_systems.workbook.plan import lay_out
 from cs336_systems.workbook.profiles import LAPTOP, experiments_of, load_profile, local_data
 
 
@@ -27,26 +28,31 @@ def main(argv: list[str] | None) -> int:
     if arguments.list:
         print("\n".join(experiment_names()))
         return 0
-    if bool(arguments.experiments) == arguments.all:
-        raise UserError("name the experiments to measure, or --all for everything the profile names, not both")
+    if arguments.experiments and arguments.all:
+        raise UserError("--all is everything the profile names: leave it out, or the names of experiments")
+    if not arguments.experiments and not arguments.all:
+        raise UserError(f"name experiments to measure ({', '.join(experiment_names())}), or give --all")
     load_profile(arguments.profile)
     of_profile = experiments_of(arguments.profile, load_index())
     for name in arguments.experiments:
         load_experiment(name)  # a misspelt name ends the run before anything is measured
+    chosen = {name: of_profile.get(name, {}) for name in (of_profile if arguments.all else arguments.experiments)}
+    if arguments.device is not None:
+        chosen = {name: values | {"device": arguments.device} for name, values in chosen.items()}
+    for name, values in chosen.items():  # a mistake in the last experiment is told before the first is measured
+        lay_out(name, values, here=True)
     failed = 0
     with local_data(arguments.profile, arguments.data_dir) as is_temporary:
-        for name in of_profile if arguments.all else arguments.experiments:
-            failed += measure(name, of_profile.get(name, {}), arguments.device, arguments.remeasure, Store.default())
+        for name, values in chosen.items():
+            failed += measure(name, values, arguments.remeasure, Store.default())
         if is_temporary:
             print("Those records were temporary and are gone now; --data-dir FOLDER keeps them.")
     return 1 if failed else 0
 
 
-def measure(name: str, grid_arguments: dict[str, object], device: str | None, remeasure: bool, store: Store) -> int:
+def measure(name: str, grid_arguments: dict[str, object], remeasure: bool, store: Store) -> int:
     """Measure one experiment and print its table; returns how many cases failed."""
     experiment = load_experiment(name)
-    if device is not None and "device" in grid_parameters(experiment):
-        grid_arguments = grid_arguments | {"device": device}
     cells = experiment.grid(**grid_arguments)
     outcome = sweep.run(experiment, cells, store=store, remeasure=remeasure, parameters=grid_arguments)
     peaks = None

@@ -23,7 +23,7 @@ from cs336_systems.bench.report import Column, Table, number, seconds_in_words
 from cs336_systems.errors import UserError, run_command
 from cs336_systems.repository import repository_root
 from cs336_systems.workbook.index import Index, Notebook, load_index
-from cs336_systems.workbook.plan import ASSUMED_SLOWDOWN, plan_experiment
+from cs336_systems.workbook.plan import ASSUMED_SLOWDOWN, lay_out, plan_experiment
 from cs336_systems.workbook.profiles import (
     LAPTOP,
     experiment_arguments,
@@ -56,6 +56,9 @@ def main(argv: list[str] | None) -> int:
         if arguments.dry_run:
             print_plan(chosen, parameters, profile.name)
             return 0
+        for notebook in chosen:  # a mistake in the last notebook is told before the first is run
+            for name in notebook.experiments:
+                lay_out(name, grid_arguments(notebook, name, parameters[notebook]), here=True)
         if arguments.remeasure:
             os.environ["CS336_REMEASURE"] = "1"
         runs: list[NotebookRun] = []
@@ -93,6 +96,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def grid_arguments(notebook: Notebook, experiment: str, parameters: dict[str, object]) -> dict[str, object]:
+    """What one of a notebook's experiments gets of its parameters, those it keeps included."""
+    return experiment_arguments(experiment, notebook_parameters(notebook) | parameters)
+
+
 def print_list(index: Index) -> None:
     there = index.notebooks_there()
     print("Notebooks:")
@@ -106,12 +114,7 @@ def print_list(index: Index) -> None:
 def print_plan(chosen: list[Notebook], parameters: dict[Notebook, dict[str, object]], profile_name: str) -> None:
     store, profile = Store.default(), load_profile(profile_name)
     plans = [
-        plan_experiment(
-            name,
-            experiment_arguments(name, notebook_parameters(notebook) | parameters[notebook]),
-            profile,
-            store,
-        )
+        plan_experiment(name, grid_arguments(notebook, name, parameters[notebook]), profile, store)
         for notebook in chosen
         for name in notebook.experiments
     ]
@@ -141,6 +144,7 @@ def runs_table(runs: list[NotebookRun]) -> Table:
     columns = [
         Column("notebook", lambda row: row.name, "left"),
         *(Column(status, partial(_count, status=status)) for status in ("ok", "reused", "oom", "skipped", "failed")),
+        Column("ended", lambda row: row.ended, "left"),
         Column("time", lambda row: seconds_in_words(row.seconds)),
         Column("executed copy", lambda row: row.output, "left"),
     ]
@@ -148,6 +152,7 @@ def runs_table(runs: list[NotebookRun]) -> Table:
         {
             "name": run.notebook.name,
             "counts": run.counts,
+            "ended": "failed" if run.error else "well",
             "seconds": run.seconds,
             "output": shown_path(run.output),
         }

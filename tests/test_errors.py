@@ -18,11 +18,11 @@ def test_a_misspelt_name_comes_with_the_nearest_and_all_known() -> None:
 
 
 def test_a_name_near_none_comes_without_a_guess() -> None:
-    assert str(unknown_name("size", "zzz", ["small", "large"])) == "unknown size 'zzz': Known: small, large"
+    assert str(unknown_name("size", "zzz", ["small", "large"])) == "unknown size 'zzz'; known: small, large"
 
 
 def test_a_name_where_nothing_is_known_says_so() -> None:
-    assert str(unknown_name("size", "small", [])) == "unknown size 'small': Known: none"
+    assert str(unknown_name("size", "small", [])) == "unknown size 'small'; known: none"
 
 
 def test_names_may_come_from_an_iterator_and_need_not_be_strings() -> None:

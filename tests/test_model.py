@@ -413,7 +413,7 @@ def test_our_own_class_can_be_named_like_somebody_elses() -> None:
 
 def test_a_class_that_is_not_there_is_an_error_with_the_nearest_name(write_module: Callable[[str], str]) -> None:
     name = write_module(COURSE_MODEL)
-    with pytest.raises(UserError, match=rf"unknown attribute of '{name}' 'Modell': did you mean 'Model'\?"):
+    with pytest.raises(UserError, match=rf"unknown attribute 'Modell' of '{name}': did you mean 'Model'\?"):
         build_model(CONFIG, model=f"{name}:Modell")
 
 

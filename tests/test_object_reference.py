@@ -82,7 +82,7 @@ def test_a_missing_attribute_is_an_error_with_the_nearest_and_without_private_na
     name = write_module("my_model = 1\nother = 2\n_hidden = 3")
     with pytest.raises(
         UserError,
-        match=rf"^unknown attribute of '{name}' 'my_modle': did you mean 'my_model'\? Known: my_model, other$",
+        match=rf"^unknown attribute 'my_modle' of '{name}': did you mean 'my_model'\? Known: my_model, other$",
     ):
         load_object(f"{name}:my_modle")
 

@@ -43,13 +43,11 @@ def step_bound(
     peaks: Peaks,
     precision: str,
     *,
-    parameter_itemsize: int = 4,
+    itemsize: int = 4,
     logits_itemsize: int = 4,
     skips_masked: bool = False,
 ) -> Bound:
     """The floor of one phase of the Transformer: all its products at the matrix rate, or its compulsory bytes."""
     flops = total(phase_work(config, phase, batch_size, seq_len, skips_masked=skips_masked).values()).flops
-    distinct = compulsory_bytes(
-        config, phase, batch_size, seq_len, itemsize=parameter_itemsize, logits_itemsize=logits_itemsize
-    )
+    distinct = compulsory_bytes(config, phase, batch_size, seq_len, itemsize=itemsize, logits_itemsize=logits_itemsize)
     return bound(Work(flops, distinct), peaks, precision)

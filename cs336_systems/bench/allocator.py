@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
 import sys
 import threading
@@ -41,12 +42,10 @@ class PeakMemory:
         self.device = device
 
     def __enter__(self) -> PeakMemory:
-        gc.collect()
+        release_free_memory(self.device)
         if self.device == "cuda":
-            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             return self
-        release_free_memory()
         self._baseline = psutil.Process().memory_info().rss
         self._watch = _ResidentPeak()
         return self
@@ -94,9 +93,12 @@ class _ResidentPeak:
         return psutil.Process().memory_info().rss
 
 
-def release_free_memory() -> None:
-    """Ask the C library to return freed pages to the system, so that they do not hide growth."""
-    if sys.platform == "linux":
+def release_free_memory(device: str) -> None:
+    """Give what is no longer used back to the device or the system, so that it neither hides growth nor seems taken."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    elif sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl does not
         if trim is not None:
             trim(0)
@@ -115,6 +117,7 @@ def memory_cap(device: str, headroom_bytes: int | None = None) -> Iterator[None]
         return
     import resource  # not on Windows
 
+    import_what_is_imported_late()
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     headroom = available_memory_bytes() if headroom_bytes is None else headroom_bytes
     limit = _data_bytes() + headroom
@@ -126,12 +129,27 @@ def memory_cap(device: str, headroom_bytes: int | None = None) -> Iterator[None]
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
+@functools.cache
+def import_what_is_imported_late() -> None:
+    """PyTorch imports its compiler with the first optimizer; cut short by the cap, it would stay half imported."""
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    parameter.grad = torch.zeros(1)
+    optimizer = torch.optim.AdamW([parameter])
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 def _data_bytes() -> int:
     """Private writable memory of this process, which RLIMIT_DATA counts."""
     for line in _STATUS.read_text().splitlines():
         if line.startswith("VmData:"):
             return int(line.split()[1]) * 1024
     return 0
+
+
+def available_bytes(device: str) -> int:
+    """Memory that can still be allocated on `device`, the caching allocator's unused blocks not counted."""
+    return int(torch.cuda.mem_get_info()[0]) if device == "cuda" else available_memory_bytes()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -86,8 +86,9 @@ def _ptxas_version() -> str | None:
 
 
 def nvidia_smi(query: str) -> str | None:
-    """One property of the first GPU as `nvidia-smi --query-gpu` prints it; None where it does not."""
-    return _output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits", "--id=0")
+    """One property of this process's first GPU as `nvidia-smi --query-gpu` prints it; None where it does not."""
+    gpu = f"GPU-{torch.cuda.get_device_properties(0).uuid}"  # CUDA_VISIBLE_DEVICES renumbers, nvidia-smi does not
+    return _output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits", f"--id={gpu}")
 
 
 def _output(*command: str) -> str | None:

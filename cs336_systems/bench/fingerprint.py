@@ -13,6 +13,7 @@ import importlib
 import importlib.metadata
 import inspect
 import io
+import sys
 import tokenize
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -43,7 +44,7 @@ _MEASURED_WITH = (f"{PACKAGE}.bench.timing", f"{PACKAGE}.bench.allocator")
 
 def bare_source(source: str) -> str:
     """`source` without comments, docstrings and blank lines: the same for the same program."""
-    lines = source.splitlines()
+    lines = source.split("\n")  # as Python counts them; splitlines() also splits at other characters
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             row, column = token.start
@@ -53,8 +54,9 @@ def bare_source(source: str) -> str:
         if not isinstance(body, list):
             continue
         for statement in body:
-            if _is_docstring(statement):
-                first, last = statement.lineno - 1, statement.end_lineno or statement.lineno
+            first, last = statement.lineno - 1, statement.end_lineno or statement.lineno
+            alone = not lines[first][: statement.col_offset].strip() and not lines[last - 1][statement.end_col_offset :]
+            if _is_docstring(statement) and alone:
                 lines[first:last] = [""] * (last - first)
     return "\n".join(stripped for line in lines if (stripped := line.rstrip()))
 
@@ -164,15 +166,26 @@ def source_hashes(experiment: ModuleType) -> dict[str, str]:
 
 def file_hash(path: Path) -> str:
     """The hash of a Python file's bare source."""
-    return _digest(bare_source(path.read_text(encoding="utf-8")))
+    return _digest(bare_source(path.read_text(encoding="utf-8-sig")))
 
 
 def _reference_hash(reference: str) -> str | None:
+    """The hash of somebody else's implementation: its file, and what else of its package or folder it has imported."""
     path = source_file_of(reference)
+    if path is None:
+        return None
+    package = reference.partition(":")[0].partition(".")[0]
+    folder = path.parent
+    files = {path} | {
+        Path(file)
+        for name, module in sys.modules.items()
+        if (file := getattr(module, "__file__", None)) and str(file).endswith(".py")
+        if name.partition(".")[0] == package or Path(file).parent == folder
+    }
     try:
-        return file_hash(path) if path is not None else None
+        return _digest("\n".join(file_hash(file) for file in sorted(files)))
     except (OSError, SyntaxError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}, the source of {reference!r}: {first_line(error)}") from error
+        raise UserError(f"cannot read the source of {reference!r}: {first_line(error)}") from error
 
 
 def _digest(text: str) -> str:
@@ -189,6 +202,7 @@ def fingerprint(experiment: ModuleType, machine: Machine, references: Iterable[s
         "torch": torch.__version__.partition("+")[0],
         "triton": version_of("triton") if machine.device == "cuda" else None,
         "device": machine.device_name,
+        "threads": torch.get_num_threads() if machine.device == "cpu" else None,
     }
 
 

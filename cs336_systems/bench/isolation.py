@@ -63,7 +63,7 @@ def measure_in_fresh_process(experiment: ModuleType, case: Any, *, timeout_s: fl
             except BaseException:  # Ctrl-C: never leave the child behind
                 child.kill()
                 raise
-        if child.returncode == -signal.SIGKILL:
+        if os.name != "nt" and child.returncode == -signal.SIGKILL:
             raise OutOfMemory("the fresh process was killed by the system, which is what running out of memory does")
         if child.returncode < 0:
             raise RuntimeError(f"the fresh process died of {signal.Signals(-child.returncode).name}: {errors[-2000:]}")
@@ -81,7 +81,8 @@ def _die_with(parent: int) -> None:
     """End this process when its parent is gone, even before it began: nothing would read its answer."""
 
     def watch() -> None:
-        while os.getppid() == parent and psutil.pid_exists(parent):
+        # On Windows a virtual environment's Python has a launcher between itself and its parent.
+        while psutil.pid_exists(parent) and (os.name == "nt" or os.getppid() == parent):
             time.sleep(0.5)
         os._exit(1)
 

@@ -159,8 +159,15 @@ def available_memory_bytes() -> int:
     if limit.is_file() and used.is_file():
         text = limit.read_text().strip()
         if text.isdigit():
-            available = min(available, max(0, int(text) - int(used.read_text())))
+            available = min(available, max(0, int(text) - int(used.read_text()) + _reclaimable_bytes()))
     return available
+
+
+def _reclaimable_bytes() -> int:
+    """Files' pages that count as a container's memory and are given up when it is needed."""
+    statistics = Path("/sys/fs/cgroup/memory.stat")
+    lines = statistics.read_text().splitlines() if statistics.is_file() else []
+    return next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)
 
 
 @functools.cache

@@ -15,11 +15,6 @@ import psutil
 from cs336_systems.bench.context import nvidia_smi
 from cs336_systems.bench.machine import usable_cores
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
-
 
 class NoiseMonitor:
     """Watches for disturbance while a case is measured.
@@ -35,6 +30,8 @@ class NoiseMonitor:
     """Share of this process's cores that other processes used."""
     TICKS_S = 0.05
     """Less than this many seconds of other processes is below what the system counts in."""
+    THROTTLED = 0.05
+    """Share of the time in which a GPU's clocks were held down."""
     SPREAD = 0.10
     """Interquartile range over median."""
 
@@ -54,7 +51,10 @@ class NoiseMonitor:
         switches = self._ended["switches"] - self._started["switches"]
         steal = (self._ended["steal"] - self._started["steal"]) / max(seconds * (os.cpu_count() or 1), 1e-9)
         spread = max((relative_spread(values) for values in samples.values()), default=0.0)
-        throttled = _throttle_reasons() if self.device == "cuda" else None
+        throttled = {
+            reason: after - self._started["throttled"].get(reason, after)
+            for reason, after in self._ended["throttled"].items()
+        }
         others = max(0.0, self._ended["busy"] - self._started["busy"] - (self._ended["own"] - self._started["own"]))
         share = others / max(seconds * usable_cores(), 1e-9)
         flags = []
@@ -66,8 +66,11 @@ class NoiseMonitor:
             flags.append(f"{steal:.0%} of the processors' time was stolen")
         if spread > self.SPREAD:
             flags.append(f"spread of {spread:.0%} of the median")
-        if throttled:
-            flags.append(f"GPU clocks throttled: {throttled}")
+        flags += [
+            f"GPU clocks held down for {held / seconds:.0%} of the time ({reason})"
+            for reason, held in throttled.items()
+            if held > self.THROTTLED * seconds
+        ]
         return {
             "flags": flags,
             "involuntary_switches": switches,
@@ -76,22 +79,24 @@ class NoiseMonitor:
             "spread": spread,
         }
 
-    @staticmethod
-    def _counters() -> dict[str, Any]:
+    def _counters(self) -> dict[str, Any]:
         own = psutil.Process().cpu_times()
         return {
             "time": time.monotonic(),
             "switches": _involuntary_switches(),
             "steal": getattr(psutil.cpu_times(), "steal", 0.0),
             "busy": _busy_seconds(),
+            "throttled": _throttled_seconds() if self.device == "cuda" else {},
             "own": own.user + own.system + getattr(own, "children_user", 0.0) + getattr(own, "children_system", 0.0),
         }
 
 
 def _involuntary_switches() -> int:
     """Of all threads, where the system counts them together."""
-    if resource is None:
+    if os.name == "nt":
         return int(psutil.Process().num_ctx_switches().involuntary)
+    import resource  # not on Windows
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
@@ -111,16 +116,14 @@ def relative_spread(samples: list[float]) -> float:
     return (high - low) / middle if middle > 0 else 0.0
 
 
-def _throttle_reasons() -> str | None:
-    """The clock event reasons that slow a busy GPU, by name; None where the driver does not tell."""
-    active = nvidia_smi("clocks_event_reasons.active")
-    if active is None or not active.startswith("0x"):
-        return None
-    bits = int(active, 16)
-    names = {
-        0x4: "power cap",
-        0x8: "hardware slowdown",
-        0x20: "thermal (software)",
-        0x40: "thermal (hardware)",
-    }
-    return ", ".join(name for bit, name in names.items() if bits & bit) or None
+_THROTTLING = ("sw_power_cap", "sw_thermal_slowdown", "hw_thermal_slowdown", "hw_power_brake_slowdown")
+
+
+def _throttled_seconds() -> dict[str, float]:
+    """How long the GPU's clocks have been held down, by reason; empty where the driver does not count it."""
+    found = {}
+    for reason in _THROTTLING:
+        text = nvidia_smi(f"clocks_event_reasons_counters.{reason}")
+        if text is not None and text.isdigit():
+            found[reason] = int(text) / 1e6
+    return found

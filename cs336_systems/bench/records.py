@@ -82,7 +82,7 @@ class Record:
         reasons = [f"{name} changed" for name in sorted({*then, *now}) if then.get(name) != now.get(name)]
         reasons += [
             f"{name} {self.fingerprint.get(name)} → {current[name]}"
-            for name in ("torch", "triton", "device")
+            for name in ("torch", "triton", "device", "threads")
             if name in current and self.fingerprint.get(name) != current[name]
         ]
         return reasons
@@ -98,9 +98,16 @@ def newest_good(records: Iterable[Record]) -> dict[str, Record]:
     winners: dict[str, Record] = {}
     for record in records:
         rival = winners.get(record.key)
-        if rival is None or (record.is_good, record.finished_utc) > (rival.is_good, rival.finished_utc):
+        if rival is None or _beats(record, rival):
             winners[record.key] = record
     return winners
+
+
+def _beats(record: Record, rival: Record) -> bool:
+    """The newer of two good ones wins, but what once fitted into memory does not cease to fit."""
+    if {record.status, rival.status} == {"ok", "oom"} and record.fingerprint == rival.fingerprint:
+        return record.status == "ok"
+    return (record.is_good, record.finished_utc) > (rival.is_good, rival.finished_utc)
 
 
 # Lines ---------------------------------------------------------------------------------------------------------
@@ -119,8 +126,12 @@ def _record_from(line: dict[str, Any]) -> Record:
     content = {name: value for name, value in line.items() if name in fields}
     content["measurement"] = Measurement(**content["measurement"])
     record = Record(**content)
-    if record.status not in STATUSES or not isinstance(record.case, dict):
-        raise ValueError(f"status {record.status!r}")
+    texts = (record.experiment, record.machine, record.run, record.finished_utc)
+    tables = (record.case, record.noise, record.fingerprint, record.measurement.samples, record.measurement.values)
+    if record.status not in STATUSES or not all(isinstance(text, str) for text in texts):
+        raise ValueError("a field is not of its type")
+    if not all(isinstance(table, dict) for table in tables) or not record.key:
+        raise ValueError("a field is not of its type")
     return record
 
 
@@ -141,11 +152,11 @@ def read_lines(path: Path) -> tuple[dict[str, dict[str, Any]], list[Record]]:
             continue
         try:
             line = json.loads(raw)
-            schema = line["schema"]
-        except (ValueError, TypeError, KeyError):
+            schema = int(line["schema"])
+        except (ValueError, TypeError, KeyError, RecursionError):
             warnings.warn(f"{path}:{number} is damaged and was skipped", WorkbookWarning, stacklevel=2)
             continue
-        if not isinstance(schema, int) or schema > SCHEMA:
+        if schema > SCHEMA:
             raise UserError(
                 f"{path}:{number} has schema {schema!r}, and this version of the workbook reads up to {SCHEMA}: "
                 "update the checkout, or move the file away"
@@ -155,7 +166,7 @@ def read_lines(path: Path) -> tuple[dict[str, dict[str, Any]], list[Record]]:
                 contexts[line["run"]] = line
             else:
                 records.append(_record_from(line))
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             warnings.warn(f"{path}:{number} is damaged and was skipped", WorkbookWarning, stacklevel=2)
     return contexts, records
 
@@ -169,10 +180,11 @@ class RunWriter:
             self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o644)
         except OSError as error:
             raise _cannot_write(path, error) from error
-        self._good_bytes = 0
+        self._good_bytes = self._context_bytes = 0
         self.records = 0
         try:
             self._append(_to_line("context", {"run": run, "experiment": experiment, "machine": machine, **context}))
+            self._context_bytes = self._good_bytes
         except BaseException:
             self.close()
             raise
@@ -200,9 +212,13 @@ class RunWriter:
         self._good_bytes += len(line)
 
     def close(self) -> None:
-        """Close the file; one without a single record is removed."""
+        """Close the file; one without a single record is removed.
+
+        What is in the file decides, not what was counted: Ctrl-C may come between writing a record and counting it.
+        """
+        holds_records = os.fstat(self._descriptor).st_size > self._context_bytes
         os.close(self._descriptor)
-        if self.records == 0:
+        if not holds_records:
             with contextlib.suppress(OSError):
                 self.path.unlink()
 
@@ -364,7 +380,8 @@ class Store:
         winners = sorted(newest_good(records).values(), key=lambda record: record.key)
         used = sorted({record.run for record in winners} & contexts.keys())
         lines = [_to_line("context", _without_schema(contexts[run])) for run in used]
-        lines += [_record_line(record) for record in winners]
+        # A traceback is for whoever can mend it, here.
+        lines += [_record_line(dataclasses.replace(record, traceback=None)) for record in winners]
         write_atomically(path, b"".join(lines))
         return path, len(winners)
 

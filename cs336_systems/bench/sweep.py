@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from cs336_systems.bench.allocator import is_out_of_memory, memory_cap
+from cs336_systems.bench.allocator import available_bytes, is_out_of_memory, memory_cap, release_free_memory
 from cs336_systems.bench.context import run_context, utc_now
 from cs336_systems.bench.fingerprint import fingerprint
 from cs336_systems.bench.grid import Cell
@@ -24,9 +26,14 @@ from cs336_systems.bench.noise import NoiseMonitor
 from cs336_systems.bench.progress import Progress, announce
 from cs336_systems.bench.records import Measurement, Record, RunWriter, Status, Store, case_key
 from cs336_systems.errors import UserError, first_line
+from cs336_systems.repository import repository_root
 
 OnPart = Callable[[float], object]
 """Called by `measure` with the share of the case that is done, 0 to 1."""
+
+
+AVAILABLE = "available_bytes"
+"""The value in an out-of-memory record that says how much memory there was."""
 
 
 class OutOfMemory(Exception):
@@ -81,7 +88,10 @@ def run(
         store.check_machine(machine)
     known = store.local_records(machine.name, name)
     fingerprints = _fingerprints(experiment, machine, cells)
-    waiting = [cell for cell in cells if remeasure or not _is_settled(known, cell, fingerprints[_key(cell)])]
+    release_free_memory(machine.device)
+    # Free memory is never twice the same: only a tenth more is more.
+    available = available_bytes(machine.device) / 1.1
+    waiting = [cell for cell in cells if remeasure or not _is_settled(known, cell, fingerprints[_key(cell)], available)]
     counts: Counter[str] = Counter(reused=len(cells) - len(waiting))
     if waiting:
         context = run_context(experiment, machine, parameters or {})
@@ -134,6 +144,7 @@ def _measure_one(
 ) -> Record:
     """One case to one record, whatever happens."""
     started = time.perf_counter()
+    release_free_memory(machine.device)
     status: Status = "ok"
     reason, trace = None, None
     measurement = Measurement()
@@ -149,11 +160,16 @@ def _measure_one(
         except UserError:
             raise
         except Exception as error:
-            measurement = Measurement()
             if isinstance(error, OutOfMemory) or is_out_of_memory(error):
-                status, reason = "oom", str(error).strip().partition("\n")[0]
+                status, reason = "oom", impersonal(str(error).strip().partition("\n")[0])
             else:
-                status, reason, trace = "failed", first_line(error), traceback.format_exc()
+                status, reason, trace = "failed", impersonal(first_line(error)), impersonal(traceback.format_exc())
+    if status != "ok":
+        measurement = Measurement()
+    if status == "oom":
+        release_free_memory(machine.device)  # what the case held was held by its traceback
+        # With more than this an out-of-memory case is worth another try.
+        measurement = Measurement(values={AVAILABLE: available_bytes(machine.device)})
     return Record(
         experiment=writer.experiment,
         machine=writer.machine,
@@ -168,6 +184,19 @@ def _measure_one(
         seconds=time.perf_counter() - started,
         traceback=trace,
     )
+
+
+def impersonal(text: str) -> str:
+    """`text` with the folders of this machine and its user made anonymous: records are published."""
+    folders = {
+        str(repository_root()): ".",
+        sys.prefix: "<environment>",
+        sys.base_prefix: "<python>",
+        str(Path.home()): "~",
+    }
+    for folder, name in sorted(folders.items(), key=lambda item: -len(item[0])):
+        text = text.replace(folder, name) if len(folder) > 1 else text
+    return text
 
 
 def _measured(measurement: Measurement) -> dict[str, list[float]]:
@@ -190,13 +219,15 @@ def _references(cell: Cell[Any]) -> tuple[str, ...]:
     return tuple(getattr(cell.case, "object_references", ()))
 
 
-def _is_settled(known: dict[str, Record], cell: Cell[Any], fingerprint_now: dict[str, Any]) -> bool:
-    """Whether a record already says what measuring the cell again would."""
+def _is_settled(known: dict[str, Record], cell: Cell[Any], fingerprint_now: dict[str, Any], available: float) -> bool:
+    """Whether a record says what measuring again would; one of running out of memory only while there is no more."""
     record = known.get(_key(cell))
     if record is None or not record.is_good:
         return False
     if cell.skip_reason is not None or record.status == "skipped":
         return record.status == "skipped" and record.reason == cell.skip_reason
+    if record.status == "oom":
+        return not record.stale_reasons(fingerprint_now) and available <= record.measurement.values.get(AVAILABLE, 0)
     return not record.stale_reasons(fingerprint_now)
 
 

@@ -21,15 +21,16 @@ from typing import Any
 
 import pandas as pd
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from cs336_systems.analysis import flops
 from cs336_systems.analysis.hardware import Peaks, product_precision
 from cs336_systems.analysis.published import PublishedSteps
-from cs336_systems.analysis.roofline import step_bound
+from cs336_systems.analysis.roofline import bound, step_bound
 from cs336_systems.bench import grid as grids
-from cs336_systems.bench.allocator import PeakMemory, describe_memory
+from cs336_systems.bench.allocator import PeakMemory, available_bytes, describe_memory
 from cs336_systems.bench.fingerprint import source_hashes
-from cs336_systems.bench.machine import available_memory_bytes, resolve_device
+from cs336_systems.bench.machine import resolve_device
 from cs336_systems.bench.records import Measurement, Record, Store
 from cs336_systems.bench.report import bytes_in_words
 from cs336_systems.bench.sweep import OnPart, OutOfMemory
@@ -212,13 +213,20 @@ def measure(case: Case, on_part: OnPart) -> Measurement:
         on_part(done / (case.warmup + case.steps))
 
     with PeakMemory(case.device) as memory, float32_matmul_precision(case.float32_matmul):
-        timing = time_steps(
-            build_step(case), warmup=case.warmup, steps=case.steps, device=case.device, on_step=count_step
-        )
+        step = build_step(case)
+        counted = count_products(step) if case.model is not None and not case.compile else {}
+        timing = time_steps(step, warmup=case.warmup, steps=case.steps, device=case.device, on_step=count_step)
     samples = {"step_ms": timing.samples_ms, "warmup_ms": timing.warmup_ms, "device_ms": timing.device_ms}
     return Measurement(
-        samples={name: list(values) for name, values in samples.items() if values}, values=dict(memory.values)
+        samples={name: list(values) for name, values in samples.items() if values}, values=memory.values | counted
     )
+
+
+def count_products(step: Callable[[], object]) -> dict[str, int]:
+    """The FLOPs of one step by PyTorch's counter: of somebody else's model the architecture is not known."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return {"flops": counter.get_total_flops()}
 
 
 _HELD = {
@@ -236,7 +244,7 @@ def require_memory(case: Case) -> None:
     """
     phase = checked_phase(case)
     needed = flops.resident_bytes(case.config, phase, itemsize=getattr(torch, case.dtype).itemsize)
-    available = available_memory_bytes() if case.device == "cpu" else torch.cuda.mem_get_info()[0]
+    available = available_bytes(case.device)
     if needed > available:
         raise OutOfMemory(
             f"{_HELD[phase]} need at least {bytes_in_words(needed)}, and {bytes_in_words(available)} are available: "
@@ -255,6 +263,8 @@ def build_step(case: Case) -> Callable[[], object]:
             formulation=case.formulation,  # type: ignore[arg-type]
         ).to(device=case.device, dtype=getattr(torch, case.dtype))
         tokens, targets = torch.randint(case.vocab_size, (2, case.batch_size, case.context_length))
+    if case.model is not None:
+        require_logits(case, model, tokens)
     optimizer = build_optimizer(case.optimizer, model.parameters())
     cross_entropy = LOSSES[case.formulation]
     if case.compile:
@@ -283,6 +293,16 @@ def build_step(case: Case) -> Callable[[], object]:
     return {"forward": forward, "forward-backward": forward_backward, "step": step}[case.phase]
 
 
+def require_logits(case: Case, model: torch.nn.Module, tokens: torch.Tensor) -> None:
+    """Raise a UserError unless somebody else's model maps tokens to logits."""
+    expected = (case.batch_size, case.context_length, case.vocab_size)
+    with torch.no_grad():
+        found = getattr(model(tokens), "shape", None)
+    if found != expected:
+        shown = "no tensor" if found is None else f"shape {tuple(found)}"
+        raise UserError(f"{case.model} must map tokens {expected[:2]} to logits {expected}, found {shown}")
+
+
 @contextlib.contextmanager
 def float32_matmul_precision(precision: str) -> Iterator[None]:
     """Set PyTorch's float32 matmul precision, and set it back."""
@@ -301,11 +321,17 @@ def checked_phase(case: Case) -> flops.Phase:
 # Summarising ---------------------------------------------------------------------------------------------------
 
 
-def bound_ms(case: Case, peaks: Peaks) -> tuple[float, str]:
-    """The floor of one step in milliseconds, and the ceiling that sets it; (NaN, "") where a ceiling is unknown."""
+def bound_ms(case: Case, peaks: Peaks, counted_flops: int | None = None) -> tuple[float, str]:
+    """The floor of one step in milliseconds, and the ceiling that sets it; (NaN, "") where one is not known.
+
+    `counted_flops`: of somebody else's model, whose floor is that of the products it was seen to do.
+    """
     precision = product_precision(case.dtype, case.autocast, case.float32_matmul)
-    if precision not in peaks.matmul_flops_per_s:
+    if precision not in peaks.matmul_flops_per_s or (case.model is not None and counted_flops is None):
         return float("nan"), ""
+    if counted_flops is not None:
+        floor = bound(flops.Work(counted_flops), peaks, precision)
+        return floor.seconds * 1e3, floor.limited_by
     floor = step_bound(
         case.config,
         checked_phase(case),
@@ -313,12 +339,17 @@ def bound_ms(case: Case, peaks: Peaks) -> tuple[float, str]:
         case.context_length,
         peaks,
         precision,
-        parameter_itemsize=getattr(torch, case.dtype).itemsize,
-        logits_itemsize=getattr(torch, case.dtype if case.autocast == "none" else case.autocast).itemsize,
+        **item_sizes(case),
         # Only the materialised reference is known to compute what the mask removes.
-        skips_masked=case.attention != "reference" or case.model is not None,
+        skips_masked=case.attention != "reference",
     )
     return floor.seconds * 1e3, floor.limited_by
+
+
+def item_sizes(case: Case) -> dict[str, int]:
+    """Bytes per parameter, and per logit: autocast changes the one and not the other."""
+    logits = case.dtype if case.autocast == "none" else case.autocast
+    return {"itemsize": getattr(torch, case.dtype).itemsize, "logits_itemsize": getattr(torch, logits).itemsize}
 
 
 def predicted_seconds(case: Case, peaks: Peaks, slowdown: float) -> float:
@@ -340,7 +371,9 @@ def predict(cases: Sequence[Case], peaks: Peaks) -> pd.DataFrame:
                 **dataclasses.asdict(case),
                 "parameters": sum(flops.parameters(case.config).values()),
                 "flops": work.flops,
-                "bytes": flops.compulsory_bytes(case.config, phase, case.batch_size, case.context_length),
+                "bytes": flops.compulsory_bytes(
+                    case.config, phase, case.batch_size, case.context_length, **item_sizes(case)
+                ),
                 "bound_ms": floor_ms,
                 "bound_by": limited_by,
                 "ceilings": peaks.name,
@@ -380,8 +413,10 @@ def summarise(
     rows = []
     for record in records:
         case = Case(**record.case)
-        statistics = describe(record.measurement.samples["step_ms"]) if record.status == "ok" else None
-        floor_ms, limited_by = bound_ms(case, peaks)
+        steps = record.measurement.samples.get("step_ms", [])
+        statistics = describe(steps) if record.status == "ok" else None
+        counted = record.measurement.values.get("flops")
+        floor_ms, limited_by = bound_ms(case, peaks, counted)
         work = flops.phase_work(case.config, checked_phase(case), case.batch_size, case.context_length)
         row = {
             "size": case.size,
@@ -392,9 +427,11 @@ def summarise(
             "mean_ms": statistics.mean if statistics else float("nan"),
             "std_ms": statistics.std if statistics else float("nan"),
             "median_ms": statistics.median if statistics else float("nan"),
+            "min_ms": min(steps) if steps else float("nan"),
+            "max_ms": max(steps) if steps else float("nan"),
             "bound_ms": floor_ms,
             "bound_by": limited_by,
-            "flops": flops.total(work.values()).flops,
+            "flops": counted or flops.total(work.values()).flops,
             "peak_bytes": describe_memory(record.measurement.values),
             "noise": "; ".join(record.noise.get("flags", [])),
             "stale": "; ".join(record.stale_reasons(fingerprint)) if fingerprint else "",

@@ -29,7 +29,7 @@ LAPTOP_CONTEXTS: Mapping[str, Sequence[int]] = {"mini": [128]}
 def grid(
     *,
     warmup_contexts: Mapping[str, Sequence[int]] = LAPTOP_CONTEXTS,
-    warmup_counts: Sequence[int] = (0, 1, 2, 5),
+    warmup_counts: int | Sequence[int] = (0, 1, 2, 5),
     warmup_phases: Sequence[str] = ("forward",),
     warmup_steps: int = 10,
     batch_size: int = 4,
@@ -42,7 +42,7 @@ def grid(
         UserError: an unknown name or an impossible value.
     """
     cells = []
-    for count in warmup_counts:
+    for count in [warmup_counts] if isinstance(warmup_counts, int) else warmup_counts:
         cells += transformer_step.grid(
             contexts=warmup_contexts,
             phases=warmup_phases,

@@ -33,6 +33,22 @@ class Plan:
     """Predicted for the rest; NaN where no ceiling is known to predict from."""
 
 
+def lay_out(name: str, arguments: Mapping[str, Any], *, here: bool = False) -> list[Cell[Any]]:
+    """The cells of an experiment's grid, laid out before anything is measured.
+
+    Raises:
+        UserError: an argument does not fit the grid, or (`here`) this machine lacks the device of its cases.
+    """
+    try:
+        cells: list[Cell[Any]] = load_experiment(name).grid(**arguments)
+    except TypeError as error:
+        raise UserError(f"the parameters of {name} do not fit its grid: {error}") from error
+    if here:
+        for device in {str(cell.case.device) for cell in cells}:
+            this_machine(device)
+    return cells
+
+
 def plan_experiment(name: str, arguments: Mapping[str, Any], profile: Profile, store: Store) -> Plan:
     """Count the cases of an experiment's grid and predict their time.
 
@@ -40,7 +56,7 @@ def plan_experiment(name: str, arguments: Mapping[str, Any], profile: Profile, s
         UserError: the grid cannot be laid out.
     """
     experiment = load_experiment(name)
-    cells: list[Cell[Any]] = experiment.grid(**arguments)
+    cells = lay_out(name, arguments)
     device = str(cells[0].case.device) if cells else "cpu"
     peaks, slowdown = _expected(device, profile, store)
     machine = _machine_name(device)

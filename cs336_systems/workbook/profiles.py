@@ -175,8 +175,8 @@ def experiments_of(profile: str, index: Index) -> dict[str, dict[str, Any]]:
         if not names_notebook(profile, notebook):
             continue
         parameters = notebook_parameters(notebook) | profile_parameters(profile, notebook)
-        for experiment in notebook.experiments:
-            found[experiment] = experiment_arguments(experiment, parameters)
+        for experiment in ("machine_peaks", *notebook.experiments):
+            found[experiment] = found.get(experiment, {}) | experiment_arguments(experiment, parameters)
     return found
 
 

@@ -18,6 +18,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from cs336_systems.bench.progress import EVENTS_VARIABLE, EventReader, Sink, choose_sink
 from cs336_systems.errors import UserError, first_line
 from cs336_systems.workbook.index import Notebook
@@ -61,6 +63,7 @@ def execute(notebook: Notebook, parameters: Mapping[str, Any], folder: Path) -> 
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write executed notebooks to {folder}: {error.strerror}") from error
+    _remove_abandoned(folder, notebook.name)
     output = folder / f"{notebook.name}.ipynb"
     partial = folder / f".{notebook.name}.{os.getpid()}.partial.ipynb"
     # The message of every start is about plain TCP; with this the traffic is encrypted instead.
@@ -82,12 +85,16 @@ def execute(notebook: Notebook, parameters: Mapping[str, Any], folder: Path) -> 
                 raise KeyboardInterrupt(f"{notebook.name} was stopped; its finished cases are saved") from None
             except Exception as error:  # a dead kernel, a broken notebook file: told, and the next notebook runs
                 error_text = first_line(error)
-    executed = _read(partial)
-    error_text = error_text or _unfinished(executed)
+    executed, unreadable = _read(partial)
+    error_text = error_text or unreadable or _unfinished(executed)
+    if error_text is None and notebook.experiments and not display.sweeps:
+        error_text = "its sweeps did not report what they measured (is the temporary folder full?)"
     if error_text is not None:
         output = folder / f"{notebook.name}.failed.ipynb"
-    if partial.is_file():
+    try:
         partial.replace(output)
+    except OSError as error:
+        error_text = error_text or f"the executed copy cannot be kept: {error.strerror}"
     seconds = time.perf_counter() - started
     return NotebookRun(notebook, error_text, seconds, output, display.counts, shown_texts(executed))
 
@@ -106,13 +113,22 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _read(path: Path) -> Any:
-    """The executed notebook; an empty one where nothing was written."""
+def _read(path: Path) -> tuple[Any, str | None]:
+    """The executed notebook; an empty one, and why, where none was written or not all of it."""
     import nbformat
 
-    if not path.is_file():
-        return nbformat.v4.new_notebook()
-    return nbformat.read(path, as_version=4)
+    try:
+        return nbformat.read(path, as_version=4), None
+    except (OSError, ValueError) as error:  # nbformat's own errors are ValueErrors
+        return nbformat.v4.new_notebook(), f"no executed copy was written: {first_line(error)}"
+
+
+def _remove_abandoned(folder: Path, name: str) -> None:
+    """Partial copies of runs that were killed."""
+    for path in folder.glob(f".{name}.*.partial.ipynb"):
+        process = path.name.split(".")[-3]
+        if process.isdigit() and not psutil.pid_exists(int(process)):
+            path.unlink(missing_ok=True)
 
 
 def _unfinished(executed: Any) -> str | None:
@@ -147,6 +163,7 @@ class _ProgressDisplay:
 
     def __init__(self, events: Path, title: str) -> None:
         self.counts: Counter[str] = Counter()
+        self.sweeps = 0
         self._reader = EventReader(events)
         self._title = title
         self._sink: Sink | None = None
@@ -170,13 +187,19 @@ class _ProgressDisplay:
 
     def _draw(self) -> None:
         for event in self._reader.new_events():
-            if event["event"] == "progress":
-                if self._sink is None:
-                    # The variable that sends a kernel's progress here must not send ours round in a circle.
-                    self._sink = choose_sink(self._title, event["total"], to_events=False)
-                self._sink.update(event["done"], event["total"], event["label"])
-            elif event["event"] == "sweep":
-                self.counts.update(event["counts"])
-            elif event["event"] == "end" and self._sink is not None:
-                self._sink.close()
-                self._sink = None
+            # What a kernel posts is not to be trusted to be well formed, nor a terminal to be still there.
+            with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError, OSError):
+                self._draw_one(event)
+
+    def _draw_one(self, event: dict[str, Any]) -> None:
+        if event["event"] == "progress":
+            if self._sink is None:
+                # The variable that sends a kernel's progress here must not send ours round in a circle.
+                self._sink = choose_sink(self._title, event["total"], to_events=False)
+            self._sink.update(event["done"], event["total"], event["label"])
+        elif event["event"] == "sweep":
+            self.counts.update(event["counts"])
+            self.sweeps += 1
+        elif event["event"] == "end" and self._sink is not None:
+            self._sink.close()
+            self._sink = None

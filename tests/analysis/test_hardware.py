@@ -94,7 +94,9 @@ def test_an_unknown_gpu_is_an_error_that_lists_the_known() -> None:
 
 
 def test_a_precision_without_a_figure_is_an_error_that_lists_the_known() -> None:
-    with pytest.raises(UserError, match=r"unknown precision of a100-40gb 'float8'.*Known: float32, tf32, bfloat16, fl"):
+    with pytest.raises(
+        UserError, match=r"unknown precision 'float8' of a100-40gb.*[Kk]nown: float32, tf32, bfloat16, fl"
+    ):
         gpu_peaks("a100-40gb").rate("float8")
 
 

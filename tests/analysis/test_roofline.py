@@ -62,7 +62,7 @@ def test_a_bound_never_increases_with_faster_hardware() -> None:
 
 
 def test_a_precision_without_a_rate_is_an_error() -> None:
-    with pytest.raises(UserError, match="unknown precision of toy 'float16'"):
+    with pytest.raises(UserError, match="unknown precision 'float16' of toy"):
         bound(Work(1, 1), TOY, "float16")
 
 
@@ -78,7 +78,7 @@ def test_a_long_step_is_bound_by_its_products(phase: Phase) -> None:
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_step_of_one_token_is_bound_by_its_weights(phase: Phase) -> None:
     config, peaks = SIZES["small"], gpu_peaks("a100-40gb")
-    found = step_bound(config, phase, 1, 1, peaks, "bfloat16", parameter_itemsize=2, logits_itemsize=2)
+    found = step_bound(config, phase, 1, 1, peaks, "bfloat16", itemsize=2, logits_itemsize=2)
     distinct = compulsory_bytes(config, phase, 1, 1, itemsize=2, logits_itemsize=2)
     assert found.limited_by == "memory"
     assert found.seconds == pytest.approx((distinct - 40 * 2**20) / 1.555e12, rel=1e-12)

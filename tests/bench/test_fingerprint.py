@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 import toy_experiment
 from source_files import load_file
 
@@ -37,6 +38,16 @@ def test_comments_docstrings_and_blank_lines_are_no_part_of_the_source() -> None
 )
 def test_any_other_change_changes_the_source(changed: str) -> None:
     assert fingerprint.bare_source(SOURCE) != fingerprint.bare_source(changed)
+
+
+def test_a_docstring_beside_its_code_takes_no_code_with_it() -> None:
+    one, other = ('def f(): "doc"; return 3', 'def f(): "doc"; return 4')
+    assert fingerprint.bare_source(one) != fingerprint.bare_source(other)
+
+
+def test_a_line_separator_in_a_string_shifts_no_comment() -> None:
+    source = 'x = "a\u2028b"\ny = 1  # why\n'
+    assert fingerprint.bare_source(source) == fingerprint.bare_source(source.replace("  # why", ""))
 
 
 def test_a_hash_sign_in_a_string_is_no_comment() -> None:
@@ -98,6 +109,29 @@ def test_somebody_elses_implementation_is_part_of_the_fingerprint(
     (tmp_path / "their_module_f.py").write_text("class Model:\n    size = 1\n")
     after = fingerprint.fingerprint(toy_experiment, machine, ["their_module_f:Model"])
     assert before["source"]["their_module_f:Model"] != after["source"]["their_module_f:Model"]
+
+
+def test_what_somebody_elses_implementation_imports_from_beside_it_counts_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "their_layers_g.py").write_text("SCALE = 1\n")
+    (tmp_path / "their_model_g.py").write_text("import their_layers_g\nclass Model:\n    pass\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    machine = this_machine("cpu")
+    before = fingerprint.fingerprint(toy_experiment, machine, ["their_model_g:Model"])
+    (tmp_path / "their_layers_g.py").write_text("SCALE = 2\n")
+    assert fingerprint.fingerprint(toy_experiment, machine, ["their_model_g:Model"])["source"] != before["source"]
+
+
+def test_on_a_cpu_the_number_of_threads_is_part_of_the_fingerprint() -> None:
+    machine, threads = this_machine("cpu"), torch.get_num_threads()
+    before = fingerprint.fingerprint(toy_experiment, machine)
+    torch.set_num_threads(threads + 1)
+    try:
+        after = fingerprint.fingerprint(toy_experiment, machine)
+    finally:
+        torch.set_num_threads(threads)
+    assert before["threads"] != after["threads"]
 
 
 def test_an_implementation_that_cannot_be_imported_is_an_error() -> None:

@@ -42,7 +42,7 @@ def test_a_skipped_case_stays_with_its_reason_and_is_not_runnable() -> None:
 
 def test_an_axis_without_a_field_is_an_error_that_lists_the_fields() -> None:
     with pytest.raises(
-        UserError, match=r"unknown axis of Case 'contxt': did you mean 'context'\? Known: size, context"
+        UserError, match=r"unknown axis 'contxt' of Case: did you mean 'context'\? Known: size, context"
     ):
         grid.product(Case, size="small", contxt=1)
 

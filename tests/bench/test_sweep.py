@@ -120,6 +120,70 @@ def test_an_allocation_beyond_the_available_memory_is_an_error_not_a_kill(
     assert statuses(run(cases("ok", "allocate", "ok"), store)) == ["ok", "oom", "ok"]
 
 
+def test_an_out_of_memory_case_is_tried_again_only_when_there_is_more_memory(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = {"available": 2**30}
+    monkeypatch.setattr(sweep, "available_bytes", lambda _: memory["available"])
+    run(cases("out of memory"), store)
+    assert run(cases("out of memory"), store).counts == {"reused": 1}
+    memory["available"] *= 2
+    assert run(cases("out of memory"), store).counts == {"reused": 0, "oom": 1}
+
+
+def test_the_memory_of_the_case_before_is_given_back_before_the_next_asks_how_much_there_is(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    monkeypatch.setattr(sweep, "release_free_memory", lambda _: order.append("release"))
+    measure = toy_experiment.measure
+    monkeypatch.setattr(toy_experiment, "measure", lambda *arguments: (order.append("measure"), measure(*arguments))[1])
+    run(cases("ok", "raise", "ok"), store)
+    first = order.index("measure")
+    assert order[first - 1 :] == ["release", "measure"] * 3
+
+
+def test_what_a_capped_case_would_have_imported_is_whole_for_the_next(store: Store) -> None:
+    program = (
+        "import sys, torch\n"
+        "from cs336_systems.bench.allocator import memory_cap\n"
+        "with memory_cap('cpu', headroom_bytes=2**20):\n"
+        "    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])\n"
+        "    optimizer.zero_grad()\n"
+        "    optimizer.step()\n"
+        "print('whole')\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert ended.stdout == "whole\n", ended.stderr
+
+
+def test_a_published_failure_names_no_folder_of_this_machine(store: Store) -> None:
+    record = run(cases("raise"), store).records[0]
+    assert record.traceback is not None
+    for folder in (repository_root(), Path.home(), Path(sys.prefix)):
+        assert str(folder) not in record.traceback
+    path, _ = store.publish(record.machine, "toy_experiment")
+    assert "Traceback" not in path.read_text()
+
+
+def test_ctrl_c_while_the_first_record_is_synced_leaves_the_record(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync, calls = os.fsync, []
+
+    def interrupted(descriptor: int) -> None:
+        sync(descriptor)
+        calls.append(descriptor)
+        if calls.count(descriptor) == 2:  # after the context, the record
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(cases("ok"), store)
+    monkeypatch.undo()
+    assert len(store.local_records(this_machine("cpu").name, "toy_experiment")) == 1
+
+
 def test_a_measurement_that_is_not_a_number_is_a_failure_and_never_a_silent_hole(store: Store) -> None:
     outcome = run(cases("not a number", "ok"), store)
     assert statuses(outcome) == ["failed", "ok"]

@@ -128,7 +128,7 @@ def test_a_size_that_cannot_fit_is_out_of_memory_at_once_and_says_how_much_it_ne
     (record,) = sweep.run(transformer_step, cells, store=store).records
     assert record.status == "oom"
     assert record.reason is not None
-    assert "needs at least" in record.reason
+    assert "need at least" in record.reason
     assert "GiB" in record.reason
 
 

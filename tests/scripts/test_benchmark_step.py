@@ -84,7 +84,7 @@ def table_of(text: str) -> list[dict[str, str]]:
         (["--size", "tiny", "--seed", "-1"], "seed must be a whole number of at least 0, found -1"),
         (["--size", "tiny", "--dtype", "float64"], "unknown dtype 'float64': did you mean 'float"),
         (["--size", "tiny", "--autocast", "bf16"], "unknown autocast 'bf16': "),
-        (["--size", "tiny", "--float32-matmul", "tf32"], "unknown float32_matmul 'tf32': Known: highest, high"),
+        (["--size", "tiny", "--float32-matmul", "tf32"], "unknown float32_matmul 'tf32'; known: highest, high"),
         (["--size", "tiny", "--formulation", "fuse"], "unknown formulation 'fuse': did you mean 'fused'?"),
         (["--size", "tiny", "--rope", "2024"], "unknown rope"),
         (["--size", "tiny", "--device", "gpu"], "unknown device 'gpu': did you mean 'cpu'? Known: cpu, cuda, auto"),
@@ -93,7 +93,7 @@ def table_of(text: str) -> list[dict[str, str]]:
         ([*DIMENSIONS, "--attention", "flsh"], "unknown attention"),
         ([*DIMENSIONS, "--optimizer", "adam"], "unknown optimizer"),
         ([*DIMENSIONS, "--model", "nowhere_to_be_found:Model"], "cannot import 'nowhere_to_be_found' for "),
-        ([*DIMENSIONS, "--model", "torch.nn:Modul"], "unknown attribute of 'torch.nn' 'Modul': did you mean 'Module'?"),
+        ([*DIMENSIONS, "--model", "torch.nn:Modul"], "unknown attribute 'Modul' of 'torch.nn': did you mean 'Module'?"),
         ([*DIMENSIONS, "--model", "torch.nn"], "expected an object reference like 'my_package.my_module:MyModel'"),
         ([*DIMENSIONS, "--attention", "nowhere_to_be_found:attend"], "cannot import 'nowhere_to_be_found' for "),
     ],
@@ -171,7 +171,7 @@ def test_a_word_where_a_number_belongs_ends_with_2_and_names_the_option(
 def test_a_size_beyond_the_memory_is_refused_before_it_is_built(
     script: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cs336_systems.experiments.transformer_step.available_memory_bytes", lambda: 2**33)
+    monkeypatch.setattr("cs336_systems.experiments.transformer_step.available_bytes", lambda _: 2**33)
 
     def build(*_: Any, **__: Any) -> None:
         raise AssertionError("the model was built")
@@ -182,7 +182,7 @@ def test_a_size_beyond_the_memory_is_refused_before_it_is_built(
     (record,) = records()
     assert record.status == "oom"
     # Weights, gradients and two moments of AdamW, 4 bytes each, of 12.8 thousand million parameters: 191 GiB.
-    assert re.search(r"needs at least 19\d GiB .* 8\.00 GiB are available", str(record.reason))
+    assert re.search(r"need at least 19\d GiB .* 8\.00 GiB are available", str(record.reason))
     assert str(record.reason) in captured.out
     assert "Traceback" not in captured.out + captured.err
 
@@ -191,7 +191,7 @@ def test_of_several_phases_the_one_that_does_not_fit_takes_no_other_with_it(
     script: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights = 4 * (2 * 50 * 16 + 3 * 16 * 32 + 4 * 16 * 16 + 3 * 16)
-    monkeypatch.setattr("cs336_systems.experiments.transformer_step.available_memory_bytes", lambda: int(1.5 * weights))
+    monkeypatch.setattr("cs336_systems.experiments.transformer_step.available_bytes", lambda _: int(1.5 * weights))
     assert status_of(script, *DIMENSIONS, "--phase", "forward", "step") == 1
     assert {str(record.case["phase"]): record.status for record in records()} == {"forward": "ok", "step": "oom"}
     assert [row["phase"] for row in table_of(capsys.readouterr().out)] == ["forward", "step"]

@@ -45,16 +45,17 @@ def tiny(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def asked(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """What would have been measured: experiment, arguments of its grid, device, whether again."""
+    """What would have been measured, had this machine the device: experiment, arguments of its grid, whether again."""
     found: list[tuple[Any, ...]] = []
     failures = {"transformer_step": 2}
 
-    def pretend(name: str, arguments: dict[str, Any], device: str | None, remeasure: bool, store: Store) -> int:
+    def pretend(name: str, arguments: dict[str, Any], remeasure: bool, store: Store) -> int:
         del store
-        found.append((name, arguments, device, remeasure))
+        found.append((name, arguments, remeasure))
         return failures.get(name, 0)
 
     monkeypatch.setattr(script, "measure", pretend)
+    monkeypatch.setattr(script, "lay_out", lambda *_, **__: [])
     return found
 
 
@@ -71,8 +72,9 @@ def run_files() -> list[Path]:
     [
         (["transformer_stp"], "unknown experiment 'transformer_stp': did you mean 'transformer_step'? Known: machine_"),
         (["warmup", "transformer_stp"], "unknown experiment 'transformer_stp'"),
-        ([], "name the experiments to measure, or --all for everything the profile names, not both"),
-        (["warmup", "--all"], "name the experiments to measure, or --all for everything the profile names, not both"),
+        ([], "name experiments to measure (machine_peaks, transformer_step, warmup), or give --all"),
+        (["warmup", "--all"], "--all is everything the profile names: leave it out, or the names of experiments"),
+        (["--all", "--profile", "h200"], "device 'cuda' was asked for, but PyTorch finds no CUDA device here"),
         (["warmup", "--profile", "h20"], "unknown profile 'h20': did you mean 'h200'? Known: laptop, a100-40gb"),
         (["warmup", "--device", "gpu"], "unknown device 'gpu': did you mean 'cpu'? Known: cpu, cuda, auto"),
     ],
@@ -121,7 +123,7 @@ def test_all_is_everything_the_profile_names_and_the_ceilings_first(
 ) -> None:
     status_of(script, "--all", "--profile", "h200")
     assert [name for name, *_ in asked] == ["machine_peaks", "transformer_step", "warmup"]
-    assert asked[1][1]["device"] == "cuda"
+    assert [arguments["device"] for _, arguments, _ in asked] == ["cuda"] * 3
     assert asked[1][1]["steps"] == 10
 
 
@@ -131,7 +133,7 @@ def test_experiments_that_are_named_are_measured_in_that_order_with_the_profiles
     status_of(script, "warmup", "machine_peaks", "--profile", "smoke", "--device", "cpu", "--remeasure")
     assert [name for name, *_ in asked] == ["warmup", "machine_peaks"]
     assert asked[0][1]["warmup_counts"] == [0, 1]
-    assert [(device, remeasure) for _, _, device, remeasure in asked] == [("cpu", True)] * 2
+    assert [(arguments["device"], remeasure) for _, arguments, remeasure in asked] == [("cpu", True)] * 2
 
 
 @pytest.mark.usefixtures("asked")

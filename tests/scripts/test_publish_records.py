@@ -193,11 +193,11 @@ def test_every_run_that_the_list_names_can_be_published_even_where_a_newer_one_h
     ("arguments", "told"),
     [
         (["--machine", "toy"], "unknown machine 'toy': did you mean 'toy-1c'? Known: other-2c, toy-1c"),
-        (["--experiment", "toyy"], "unknown experiment of other-2c, toy-1c 'toyy': did you mean 'toy'? Known: toy"),
-        (["--machine", "toy-1c", "--experiment", "toyy"], "unknown experiment of toy-1c 'toyy'"),
+        (["--experiment", "toyy"], "unknown experiment 'toyy' of other-2c, toy-1c: did you mean 'toy'? Known: toy"),
+        (["--machine", "toy-1c", "--experiment", "toyy"], "unknown experiment 'toyy' of toy-1c"),
         (["--run", "2026"], "--run names runs of one --machine and one --experiment: give both"),
         (["--run", "2026", "--machine", "toy-1c"], "--run names runs of one --machine and one --experiment: give both"),
-        (["--run", "2026", "--machine", "toy-1c", "--experiment", "toy"], "unknown run of toy on toy-1c '2026'"),
+        (["--run", "2026", "--machine", "toy-1c", "--experiment", "toy"], "unknown run '2026' of toy on toy-1c"),
     ],
 )
 def test_a_mistake_is_one_line_that_lists_what_is_known_and_nothing_is_published(

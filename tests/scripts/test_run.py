@@ -69,10 +69,10 @@ def make_checkout(root: Path, cells: Mapping[str, list[str]]) -> Path:
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["99"], f"unknown notebook '99': Known: {TIMING}"),
+        (["99"], f"unknown notebook '99'; known: {TIMING}"),
         (["01_end_to_end_timin"], f"unknown notebook '01_end_to_end_timin': did you mean '{TIMING}'?"),
         (["--profile", "smok"], "unknown profile 'smok': did you mean 'smoke'? Known: laptop, a100-40gb, h100"),
-        (["-p", "stps", "3"], f"unknown parameter of {TIMING} given with -p 'stps': did you mean 'steps'? Known:"),
+        (["-p", "stps", "3"], f"unknown parameter 'stps' of {TIMING} given with -p: did you mean 'steps'? Known:"),
         (["-p", "steps", "[1"], "the value of -p steps is not YAML"),
         (["--dry-run", "-p", "contexts", "{smal: [8]}"], "unknown size 'smal': did you mean 'small'? Known: tiny,"),
         (["--dry-run", "-p", "steps", "0"], "steps must be a whole number of at least 1, found 0"),

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from cs336_systems.analysis.hardware import GPUS, gpu_peaks
+from cs336_systems.bench.fingerprint import fingerprint
 from cs336_systems.bench.machine import this_machine
 from cs336_systems.bench.records import Measurement, Record, Store
 from cs336_systems.errors import UserError
@@ -36,7 +37,7 @@ def write(store: Store, experiment: str, case: dict[str, Any], samples: dict[str
             "reason": None,
             "measurement": Measurement(samples, {"flops": 10**9} if experiment == "machine_peaks" else {}),
             "noise": {},
-            "fingerprint": {"source": {}, "device": machine.device_name},
+            "fingerprint": fingerprint(machine_peaks, machine),
             "finished_utc": "2026-01-01T00:00:00.000000Z",
             "seconds": 1.0,
         }
