@@ -7,6 +7,7 @@ Any other exception is a defect of the workbook, and keeps its traceback.
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import errno
 import os
@@ -42,6 +43,13 @@ def first_line(error: BaseException) -> str:
     """`TypeName: first line of its message`, as records and one-line reports give an error."""
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Every option on a line of its own, whatever the terminal's width."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30, width=150)
 
 
 def _discard_output() -> None:

@@ -20,7 +20,7 @@ from cs336_systems.bench import sweep
 from cs336_systems.bench.grid import Cell
 from cs336_systems.bench.machine import resolve_device, this_machine
 from cs336_systems.bench.records import DATA_VARIABLE, Store
-from cs336_systems.errors import UserError, run_command
+from cs336_systems.errors import HelpFormatter, UserError, run_command
 from cs336_systems.experiments import machine_peaks, transformer_step
 from cs336_systems.experiments.transformer_step import AUTOCAST, DTYPES, FLOAT32_MATMUL, Case
 from cs336_systems.model import SIZES, TransformerConfig, model_size
@@ -85,10 +85,10 @@ def build_case(arguments: argparse.Namespace, config: TransformerConfig, phase: 
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     # Names are checked by the case itself, whose messages also suggest the nearest.
     model = parser.add_argument_group("model")
-    model.add_argument("--size", help=f"a size by name: {', '.join(SIZES)}")
+    model.add_argument("--size", help=f"a size by name: {', '.join(SIZES)}; dimensions given beside it replace its own")
     model.add_argument("--d-model", type=int, help="width of the residual stream")
     model.add_argument("--d-ff", type=int, help="width of the feed-forward layer")
     model.add_argument("--num-layers", type=int, help="number of blocks")
@@ -97,20 +97,28 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     model.add_argument("--rope-theta", type=float, help="base of the rotary frequencies (default: 10000)")
     model.add_argument("--context", type=int, default=512, help="tokens per sequence (default: 512)")
     model.add_argument("--batch", type=int, default=4, help="sequences per batch (default: 4)")
-    model.add_argument("--attention", default="reference", help="reference, sdpa or module:function")
-    model.add_argument("--formulation", default="reference", help="reference (the course's operators) or fused")
-    model.add_argument("--rope", default="2025", help="form of the rotary embedding: 2025 or 2026")
+    model.add_argument(
+        "--attention", default="reference", help="reference, sdpa or module:function (default: reference)"
+    )
+    model.add_argument(
+        "--formulation", default="reference", help="reference (the course's operators) or fused (default: reference)"
+    )
+    model.add_argument("--rope", default="2025", help="form of the rotary embedding: 2025 or 2026 (default: 2025)")
     model.add_argument("--model", help="somebody else's model as module:Class, with the course's constructor")
     step = parser.add_argument_group("step")
-    step.add_argument("--phase", nargs="+", default=["step"], help=f"one or more of {', '.join(PHASES)}")
-    step.add_argument("--optimizer", default="reference", help="reference or fused AdamW")
-    step.add_argument("--dtype", default="float32", help=f"of parameters: {', '.join(DTYPES)}")
-    step.add_argument("--autocast", default="none", help=f"mixed precision: {', '.join(AUTOCAST)}")
     step.add_argument(
-        "--float32-matmul", default="highest", help=f"float32 products: {' or '.join(FLOAT32_MATMUL)} (TF32)"
+        "--phase", nargs="+", default=["step"], help=f"one or more of {', '.join(PHASES)} (default: step)"
+    )
+    step.add_argument("--optimizer", default="reference", help="AdamW: reference or fused (default: reference)")
+    step.add_argument("--dtype", default="float32", help=f"of parameters: {', '.join(DTYPES)} (default: float32)")
+    step.add_argument("--autocast", default="none", help=f"mixed precision: {', '.join(AUTOCAST)} (default: none)")
+    step.add_argument(
+        "--float32-matmul",
+        default="highest",
+        help=f"float32 products: {' or '.join(FLOAT32_MATMUL)} (TF32; default: highest)",
     )
     step.add_argument("--compile", action="store_true", help="torch.compile the model")
-    step.add_argument("--device", default="auto", help="cpu, cuda or auto")
+    step.add_argument("--device", default="auto", help="cpu, cuda or auto (default: auto)")
     timing = parser.add_argument_group("timing")
     timing.add_argument("--warmup", type=int, default=5, help="steps before the measured ones (default: 5)")
     timing.add_argument("--steps", type=int, default=10, help="measured steps (default: 10)")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from cs336_systems.bench import sweep
 from cs336_systems.bench.records import Store
-from cs336_systems.errors import UserError, run_command
+from cs336_systems.errors import HelpFormatter, UserError, run_command
 from cs336_systems.experiments import experiment_names, load_experiment, machine_peaks
 from cs336_systems.presentation import load_presentation
 from cs336_systems.workbook.index import load_index
@@ -68,7 +68,7 @@ def measure(name: str, grid_arguments: dict[str, object], remeasure: bool, store
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help="names, as --list gives them")
     parser.add_argument("--profile", default=LAPTOP, help=f"a folder of configs/profiles (default: {LAPTOP})")
     parser.add_argument("--all", action="store_true", help="everything the profile names")

@@ -16,13 +16,13 @@ import pandas as pd
 
 from cs336_systems.bench.records import Store, write_atomically
 from cs336_systems.bench.report import MISSING, Column, Table
-from cs336_systems.errors import UserError, run_command
+from cs336_systems.errors import HelpFormatter, UserError, run_command
 from cs336_systems.repository import repository_root
 from cs336_systems.workbook.index import YEARS, Index, load_index, points_text, with_readme_index
 
 
 def main(argv: list[str] | None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--write-readme", action="store_true", help="write the index into README.md")
     arguments = parser.parse_args(argv)
     index = load_index()

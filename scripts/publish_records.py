@@ -16,7 +16,7 @@ import os
 from pathlib import Path
 
 from cs336_systems.bench.records import DATA_VARIABLE, Store
-from cs336_systems.errors import UserError, run_command, unknown_name
+from cs336_systems.errors import HelpFormatter, UserError, run_command, unknown_name
 
 
 def main(argv: list[str] | None) -> int:
@@ -66,7 +66,7 @@ def publish(store: Store, machine: str, experiment: str, runs: list[str] | None)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--list", action="store_true", help="list machines, experiments and runs, and do nothing")
     parser.add_argument("--machine", help="only this machine's records")
     parser.add_argument("--experiment", nargs="+", default=[], help="only these experiments")

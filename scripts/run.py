@@ -20,7 +20,7 @@ import pandas as pd
 
 from cs336_systems.bench.records import Store
 from cs336_systems.bench.report import Column, Table, number, seconds_in_words
-from cs336_systems.errors import UserError, run_command
+from cs336_systems.errors import HelpFormatter, UserError, run_command
 from cs336_systems.repository import repository_root
 from cs336_systems.workbook.index import Index, Notebook, load_index
 from cs336_systems.workbook.plan import ASSUMED_SLOWDOWN, lay_out, plan_experiment
@@ -76,7 +76,7 @@ def main(argv: list[str] | None) -> int:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="names or numbers; all by default")
     parser.add_argument("--profile", default=LAPTOP, help=f"a folder of configs/profiles (default: {LAPTOP})")
     parser.add_argument(

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from cs336_systems.bench.records import write_atomically
-from cs336_systems.errors import UserError, run_command
+from cs336_systems.errors import HelpFormatter, UserError, run_command
 from cs336_systems.repository import repository_root
 
 
 def main(argv: list[str] | None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("notebooks", nargs="*", type=Path, help="notebook files; all of notebooks/ by default")
     parser.add_argument("--check", action="store_true", help="change nothing")
     arguments = parser.parse_args(argv)

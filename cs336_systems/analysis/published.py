@@ -29,6 +29,7 @@ _A100_TABLES = MappingProxyType(
 _A100_FEW_WARMUPS = MappingProxyType({0: "e2e_forward_no_warmup_a100", 1: "e2e_forward_one_warmup_a100"})
 PUBLISHED_WARMUPS = (*_A100_FEW_WARMUPS, 5)
 """The numbers of warm-ups that the published tables were taken with."""
+_MODEL = ("d_model", "d_ff", "num_layers", "num_heads", "context_length")
 _H100_TABLE = "transformer_train_step_h100"
 
 
@@ -74,10 +75,19 @@ class PublishedSteps:
                 found["h100_ms"] = 1e3 * row[column]
         return found
 
+    def by_warmups(self) -> pd.DataFrame:
+        """The A100's forward times by number of warm-ups: columns `mean_ms_<n>` and `std_ms_<n>` in milliseconds."""
+        tables = {**_A100_FEW_WARMUPS, 5: _A100_TABLES["forward", "none"]}
+        rows = self._tables[tables[5]][[*_MODEL, "batch_size"]].reset_index(drop=True)
+        for count, name in tables.items():
+            table = rows.merge(self._tables[name], on=[*_MODEL, "batch_size"], how="left")
+            rows = rows.assign(**{f"mean_ms_{count}": 1e3 * table["mean_s"], f"std_ms_{count}": 1e3 * table["std_s"]})
+        return rows
+
     def _row(self, table: str, config: TransformerConfig, batch_size: int) -> pd.Series | None:
         """The row of the same model, context and batch, if the table has one."""
         rows = self._tables[table]
         rows = rows[rows["batch_size"] == batch_size]
-        for name in ("d_model", "d_ff", "num_layers", "num_heads", "context_length"):
+        for name in _MODEL:
             rows = rows[rows[name] == getattr(config, name)]
         return rows.iloc[0] if len(rows) else None

@@ -62,6 +62,11 @@ def bytes_in_words(count: float | None) -> str:
     return f"{count:.0f} B"
 
 
+def plural(count: int, noun: str) -> str:
+    """1 case, 2 cases."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def seconds_in_words(seconds: float) -> str:
     """45 s, 3.2 min, 2.1 h."""
     if seconds < 90:
@@ -132,20 +137,25 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """A sentence whose numbers are computed, and whether the data at hand bear out what is usually said.
+    """A sentence whose numbers are computed, and whether they bear out what is usually said.
 
-    `holds` is None where there is nothing to check.
+    What is said beside the numbers depends on them: a finding has a wording for either case.
     """
 
     text: str
     holds: bool | None = None
+    """None where there is nothing to check."""
+
+    @classmethod
+    def checked(cls, fact: str, holds: bool, *, so: str, but: str) -> Finding:
+        """`fact`, then what follows from it: `so` where the usual statement holds, `but` where it does not."""
+        return cls(f"{fact}{so if holds else but}", holds)
 
     def _repr_markdown_(self) -> str:
         return str(self)
 
     def __str__(self) -> str:
-        mark = {True: "", False: " **That does not hold here.**", None: ""}[self.holds]
-        return self.text + mark
+        return self.text
 
 
 class Findings(tuple[Finding, ...]):
@@ -195,7 +205,9 @@ def logarithmic(axis: Any) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    low, high = axis.get_data_interval()
+    within_a_decade = low > 0 and high / low < 10
+    axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 8) if within_a_decade else (1, 2, 5)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
     axis.set_minor_formatter(NullFormatter())
 

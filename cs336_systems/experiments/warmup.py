@@ -15,13 +15,14 @@ from typing import Any
 import pandas as pd
 
 from cs336_systems.analysis.hardware import Peaks
-from cs336_systems.analysis.published import PUBLISHED_WARMUPS
+from cs336_systems.analysis.published import PUBLISHED_WARMUPS, PublishedSteps
 from cs336_systems.bench import grid as grids
 from cs336_systems.bench.isolation import measure_in_fresh_process
 from cs336_systems.bench.records import Measurement, Record, Store
 from cs336_systems.bench.sweep import OnPart
 from cs336_systems.experiments import transformer_step
 from cs336_systems.experiments.transformer_step import Case
+from cs336_systems.model import TransformerConfig
 
 LAPTOP_CONTEXTS: Mapping[str, Sequence[int]] = {"mini": [128]}
 
@@ -84,6 +85,13 @@ def summarise(
 
 PROCESS_START_S = 3.0
 """About what starting Python and importing torch takes, for predictions."""
+
+
+def published_deviations(store: Store | None = None) -> pd.DataFrame:
+    """What others published of the question, with the name of each size."""
+    rows = PublishedSteps((store or Store.default()).reference).by_warmups()
+    dimensions = rows[["d_model", "d_ff", "num_layers", "num_heads"]].astype(int).to_dict("records")
+    return rows.assign(size=[transformer_step.size_name(TransformerConfig(**each)) for each in dimensions])
 
 
 def predicted_seconds(case: Case, peaks: Peaks, slowdown: float) -> float:

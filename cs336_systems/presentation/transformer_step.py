@@ -23,6 +23,7 @@ from cs336_systems.bench.report import (
     logarithmic,
     number,
     percent,
+    plural,
     with_deviation,
 )
 
@@ -61,22 +62,34 @@ def prediction(predicted: pd.DataFrame) -> Table:
         Column("set by", lambda row: row.bound_by or MISSING, "left"),
     ]
     ceilings = predicted["ceilings"].iloc[0] if len(predicted) else "no machine"
-    return Table.of(predicted, columns, caption=f"The least a step can take on {ceilings}, predicted")
+    notes = [
+        "Compulsory bytes are distinct data that no implementation can leave unread or unwritten. Forward hands on its "
+        "logits; with backward they need never be stored, so forward can have more of them."
+    ]
+    return Table.of(predicted, columns, caption=f"The least a step can take on {ceilings}, predicted", notes=notes)
 
 
 def elsewhere(summary: pd.DataFrame) -> Table | Finding:
     """The published records of all machines, each with its own floor."""
     if not len(summary):
-        return Finding("No machine has published records of this experiment: scripts/publish_records.py does it.")
+        return Finding("No machine has published records of this experiment yet: scripts/publish_records.py publishes.")
     columns = [
         Column("machine", lambda row: row.machine, "left"),
         *_identity(summary),
-        Column("measured (ms)", measured_text),
+        Column("mean ± std (ms)", measured_text),
+        Column("median (ms)", lambda row: number(row.median_ms)),
         Column("floor (ms)", lambda row: number(row.bound_ms)),
-        Column("times floor", lambda row: number(row.times_bound, 2)),
-        Column("peak memory", lambda row: bytes_in_words(row.peak_bytes)),
+        Column("median / floor", lambda row: number(row.times_bound, 2)),
+        _memory(summary),
     ]
-    return Table.of(summary, columns, caption="Published records of this workbook", notes=_notes(summary))
+    return Table.of(summary, columns, caption="Published records of this workbook", notes=notes_below(summary))
+
+
+def _memory(rows: pd.DataFrame) -> Column:
+    """A GPU's allocator counts tensors; a CPU's resident set also what libraries and the C allocator keep."""
+    kinds = set(rows["device"]) if len(rows) else set()
+    heading = {frozenset({"cuda"}): "peak allocated", frozenset({"cpu"}): "resident growth"}.get(frozenset(kinds))
+    return Column(heading or "peak memory", lambda row: bytes_in_words(row.peak_bytes))
 
 
 def _choice(row: Any, name: str) -> str:
@@ -98,15 +111,16 @@ def table(summary: pd.DataFrame) -> Table:
     """Every case: measured, its floor, how far above it, peak memory, and the published times."""
     columns = [
         *_identity(summary),
-        Column("measured (ms)", measured_text),
+        Column("mean ± std (ms)", measured_text),
+        Column("median (ms)", lambda row: number(row.median_ms)),
         Column("floor (ms)", lambda row: number(row.bound_ms)),
         Column("set by", lambda row: row.bound_by or MISSING, "left"),
-        Column("times floor", lambda row: number(row.times_bound, 2)),
-        Column("peak memory", lambda row: bytes_in_words(row.peak_bytes)),
+        Column("median / floor", lambda row: number(row.times_bound, 2)),
+        _memory(summary),
         Column(f"{A100} (ms)", lambda row: with_deviation(row.a100_ms, row.a100_std_ms)),
         Column(f"{H100} (ms)", lambda row: number(row.h100_ms)),
     ]
-    return Table.of(summary, columns, caption=caption(summary), notes=_notes(summary))
+    return Table.of(summary, columns, caption=caption(summary), notes=notes_below(summary))
 
 
 def measured_text(row: Any) -> str:
@@ -130,7 +144,7 @@ def caption(summary: pd.DataFrame) -> str:
     return f"Time per step: {', '.join(settings)}"
 
 
-def _notes(summary: pd.DataFrame) -> list[str]:
+def notes_below(summary: pd.DataFrame) -> list[str]:
     notes = []
     if summary["noise"].any():
         disturbed = summary[summary["noise"] != ""]
@@ -174,8 +188,13 @@ def _draw_phase(panel: Any, rows: pd.DataFrame) -> dict[str, Any]:
     places = range(len(rows))
     machine = rows["machine"].iloc[0]
     series = {
-        f"measured, {machine}": panel.errorbar(
-            places, rows["mean_ms"], yerr=rows["std_ms"].fillna(0.0), fmt="o", color=MEASURED, capsize=2
+        f"median, and least to most, {machine}": panel.errorbar(
+            places,
+            rows["median_ms"],
+            yerr=(rows["median_ms"] - rows["min_ms"], rows["max_ms"] - rows["median_ms"]),
+            fmt="o",
+            color=MEASURED,
+            capsize=2,
         ),
         f"floor, {machine}": panel.plot(places, rows["bound_ms"], "_", color=BOUND, markersize=14, markeredgewidth=2)[
             0
@@ -200,27 +219,29 @@ def findings(summary: pd.DataFrame) -> Findings:
     measured = summary[summary["status"] == "ok"]
     if not len(measured):
         return Findings([Finding("No case was measured: run `python scripts/measure.py transformer_step`.")])
-    sentences = [*_backward_against_forward(measured)]
+    sentences = _backward_against_forward(measured)
     spread = (measured["std_ms"] / measured["mean_ms"]).dropna()
     if len(spread):
         sentences.append(
-            Finding(
+            Finding.checked(
                 f"The standard deviation is {percent(spread.median())} of the mean in the median case and "
-                f"{percent(spread.max())} at most; variability is small where it stays under 5 %.",
-                holds=bool(spread.median() < 0.05),
+                f"{percent(spread.max())} at most",
+                bool(spread.median() < 0.05),
+                so=": the times vary little.",
+                but=": these times vary, and want more steps or a quieter machine.",
             )
         )
     floors = measured.dropna(subset=["times_bound"])
     if len(floors):
-        best = floors.loc[floors["times_bound"].idxmin()]
-        worst = floors.loc[floors["times_bound"].idxmax()]
+        best, worst = (floors.loc[index()] for index in (floors["times_bound"].idxmin, floors["times_bound"].idxmax))
         sentences.append(
-            Finding(
-                f"Nearest its floor is {_name(best)} ({number(best['median_ms'])} ms, {number(best['times_bound'], 2)} "
-                f"times the floor); farthest {_name(worst)} ({number(worst['median_ms'])} ms, "
-                f"{number(worst['times_bound'], 2)} times). No time can lie below its floor: one that "
-                "does means that the machine was disturbed when its ceilings were measured.",
-                holds=bool(best["times_bound"] >= 1.0),
+            Finding.checked(
+                f"Nearest its floor is {_name(best)}, a median of {number(best['median_ms'])} ms or "
+                f"{number(best['times_bound'], 2)} times the floor; farthest {_name(worst)}, "
+                f"{number(worst['median_ms'])} ms or {number(worst['times_bound'], 2)} times",
+                bool(best["times_bound"] >= 1.0),
+                so=". No time lies below its floor, as it must be.",
+                but=". No time can lie below its floor: this machine was disturbed when its ceilings were measured.",
             )
         )
     return Findings(sentences)
@@ -228,28 +249,24 @@ def findings(summary: pd.DataFrame) -> Findings:
 
 def _backward_against_forward(measured: pd.DataFrame) -> list[Finding]:
     """Backward is forward-backward minus forward, by medians; it has twice the products of forward."""
-    same = [
-        "d_model",
-        "d_ff",
-        "num_layers",
-        "num_heads",
-        "vocab_size",
-        "context_length",
-        "batch_size",
-        *_CHOICES,
-    ]
+    same = ["d_model", "d_ff", "num_layers", "num_heads", "vocab_size", "context_length", "batch_size", *_CHOICES]
     forward = measured[measured["phase"] == "forward"]
     both = measured[measured["phase"] == "forward-backward"]
     pairs = forward.merge(both, on=same, suffixes=("_forward", "_both"))
     if not len(pairs):
         return []
-    ratios = (pairs["median_ms_both"] - pairs["median_ms_forward"]) / pairs["median_ms_forward"]
+    quiet = pairs[(pairs["noise_forward"] == "") & (pairs["noise_both"] == "")]
+    if not len(quiet):
+        return [Finding("How long backward takes beside forward cannot be told: every pair of times is noisy.")]
+    ratios = (quiet["median_ms_both"] - quiet["median_ms_forward"]) / quiet["median_ms_forward"]
+    span = f" (from {number(ratios.min(), 2)} to {number(ratios.max(), 2)})" if len(quiet) > 1 else ""
     return [
-        Finding(
-            f"Loss and backward take {number(ratios.median(), 2)} times as long as forward in the median of "
-            f"{len(pairs)} cases (from {number(ratios.min(), 2)} to {number(ratios.max(), 2)}); by products alone it "
-            "would be twice.",
-            holds=bool(1.5 <= ratios.median() <= 2.5),
+        Finding.checked(
+            f"Loss and backward take {number(ratios.median(), 2)} times as long as forward, the median of "
+            f"{plural(len(quiet), 'quiet case')}{span}",
+            bool(1.5 <= ratios.median() <= 2.5),
+            so=", about the two times that the products alone predict.",
+            but=", not the two times that the products alone predict.",
         )
     ]
 

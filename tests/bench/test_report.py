@@ -21,6 +21,7 @@ from cs336_systems.bench.report import (
     logarithmic,
     number,
     percent,
+    plural,
     save_figure,
     seconds_in_words,
     with_deviation,
@@ -93,10 +94,12 @@ def test_a_table_without_rows_is_still_a_table() -> None:
     assert "**None**" in str(table)
 
 
-def test_a_finding_that_the_data_contradict_says_so() -> None:
-    assert str(Finding("Twice.", holds=True)) == "Twice."
-    assert "does not hold here" in str(Finding("Twice.", holds=False))
+def test_what_a_finding_says_beside_its_numbers_depends_on_them() -> None:
+    wordings = {"so": ", as expected.", "but": ", which was not expected."}
+    assert str(Finding.checked("Twice", True, **wordings)) == "Twice, as expected."
+    assert str(Finding.checked("Twice", False, **wordings)) == "Twice, which was not expected."
     assert str(Findings([Finding("One."), Finding("Two.")])) == "- One.\n- Two."
+    assert [plural(count, "case") for count in (1, 2)] == ["1 case", "2 cases"]
 
 
 def figure() -> Figure:

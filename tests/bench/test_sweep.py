@@ -137,13 +137,18 @@ def test_the_memory_of_the_case_before_is_given_back_before_the_next_asks_how_mu
     order: list[str] = []
     monkeypatch.setattr(sweep, "release_free_memory", lambda _: order.append("release"))
     measure = toy_experiment.measure
-    monkeypatch.setattr(toy_experiment, "measure", lambda *arguments: (order.append("measure"), measure(*arguments))[1])
+
+    def noted(*arguments: Any) -> Any:
+        order.append("measure")
+        return measure(*arguments)
+
+    monkeypatch.setattr(toy_experiment, "measure", noted)
     run(cases("ok", "raise", "ok"), store)
     first = order.index("measure")
     assert order[first - 1 :] == ["release", "measure"] * 3
 
 
-def test_what_a_capped_case_would_have_imported_is_whole_for_the_next(store: Store) -> None:
+def test_what_a_capped_case_would_have_imported_is_whole_for_the_next() -> None:
     program = (
         "import sys, torch\n"
         "from cs336_systems.bench.allocator import memory_cap\n"
@@ -169,6 +174,7 @@ def test_a_published_failure_names_no_folder_of_this_machine(store: Store) -> No
 def test_ctrl_c_while_the_first_record_is_synced_leaves_the_record(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    run([Cell(toy_experiment.Case(9))], store)  # writes machine.json, so that only the run's file is synced below
     sync, calls = os.fsync, []
 
     def interrupted(descriptor: int) -> None:
@@ -181,7 +187,7 @@ def test_ctrl_c_while_the_first_record_is_synced_leaves_the_record(
     with pytest.raises(KeyboardInterrupt):
         run(cases("ok"), store)
     monkeypatch.undo()
-    assert len(store.local_records(this_machine("cpu").name, "toy_experiment")) == 1
+    assert len(store.local_records(this_machine("cpu").name, "toy_experiment")) == 2
 
 
 def test_a_measurement_that_is_not_a_number_is_a_failure_and_never_a_silent_hole(store: Store) -> None:

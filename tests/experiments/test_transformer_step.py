@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from step_records import record_of
 
 from cs336_systems.analysis.hardware import Peaks, gpu_peaks
 from cs336_systems.bench import sweep
-from cs336_systems.bench.records import Measurement, Record, Store
+from cs336_systems.bench.records import Measurement, Store
 from cs336_systems.errors import UserError
 from cs336_systems.experiments import transformer_step
 from cs336_systems.experiments.transformer_step import Case
@@ -41,23 +42,6 @@ def tiny(**changes: Any) -> Case:
 def small(**changes: Any) -> Case:
     size = model_size("small")
     return Case(**dataclasses.asdict(dataclasses.replace(size, context_length=128)), device="cpu", **changes)
-
-
-def record_of(case: Case, **changes: Any) -> Record:
-    content: dict[str, Any] = {
-        "experiment": "transformer_step",
-        "machine": "toy-1c",
-        "run": "run",
-        "case": dataclasses.asdict(case),
-        "status": "ok",
-        "reason": None,
-        "measurement": Measurement({"step_ms": [2.0, 4.0, 3.0], "warmup_ms": [9.0]}, {"growth_resident_bytes": 2**20}),
-        "noise": {"flags": []},
-        "fingerprint": {},
-        "finished_utc": "2026-01-01",
-        "seconds": 1.0,
-    }
-    return Record(**(content | changes))
 
 
 @pytest.mark.parametrize("phase", ["forward", "forward-backward", "step"])
@@ -252,3 +236,42 @@ def test_on_a_gpu_the_devices_own_times_stand_beside_the_wall_clocks() -> None:
     measurement = transformer_step.measure(tiny(device="cuda"), lambda _: None)
     assert len(measurement.samples["device_ms"]) == len(measurement.samples["step_ms"]) == 3
     assert measurement.values["peak_allocated_bytes"] > 0
+
+
+class Course(torch.nn.Module):
+    """A model of one product, with the course's constructor."""
+
+    def __init__(self, vocab_size: int, d_model: int, **_: Any) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(vocab_size, d_model)
+        self.head = torch.nn.Linear(d_model, vocab_size, bias=False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.head(self.embedding(tokens))
+
+
+class Headless(Course):
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.embedding(tokens)
+
+
+@pytest.fixture
+def theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    classes = {"theirs:Course": Course, "theirs:Headless": Headless}
+    monkeypatch.setattr("cs336_systems.model.load_object", classes.__getitem__)
+
+
+@pytest.mark.usefixtures("theirs")
+def test_the_floor_of_somebody_elses_model_is_that_of_the_products_it_does(store: Store) -> None:
+    case = tiny(model="theirs:Course", phase="forward-backward")
+    measurement = transformer_step.measure(case, lambda _: None)
+    # 2·tokens·d_model·vocabulary forward, and both gradients of the same product
+    assert measurement.values["flops"] == 3 * 2 * (2 * 8) * 16 * 50
+    (row,) = transformer_step.summarise([record_of(case, measurement=measurement)], PEAKS, store=store).itertuples()
+    assert row.bound_ms == pytest.approx(1e3 * measurement.values["flops"] / 1e11)
+
+
+@pytest.mark.usefixtures("theirs")
+def test_somebody_elses_model_without_logits_is_an_error_that_gives_both_shapes() -> None:
+    with pytest.raises(UserError, match=r"must map tokens \(2, 8\) to logits \(2, 8, 50\), found shape \(2, 8, 16\)"):
+        transformer_step.measure(tiny(model="theirs:Headless"), lambda _: None)

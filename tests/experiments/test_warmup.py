@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from step_records import record_of
 
 from cs336_systems.analysis.hardware import Peaks
 from cs336_systems.bench import sweep
@@ -31,6 +32,23 @@ def test_every_case_is_a_process_of_its_own_whose_first_step_is_seen(store: Stor
     # What a process pays once is a property of every first step: the kernels it has to load.
     assert all(times[0] > min(times[1:]) for times in summary["steps_ms"])
     text = str(presentation.table(summary))
-    assert "each row a fresh process" in text
+    assert "each in a fresh process" in text
     assert "first step of a process takes" in str(presentation.findings(summary))
     assert len(presentation.figure(summary).axes) == 1
+
+
+def test_the_published_deviations_have_every_size_after_no_one_and_five_warm_ups(store: Store) -> None:
+    published = warmup.published_deviations(store)
+    assert len(published) == 15
+    small = published[(published["size"] == "small") & (published["context_length"] == 128)].iloc[0]
+    assert (small["mean_ms_0"], small["std_ms_0"]) == pytest.approx((96.6, 175.8))
+    assert (small["mean_ms_1"], small["std_ms_1"]) == pytest.approx((39.5, 0.4))
+    assert (small["mean_ms_5"], small["std_ms_5"]) == pytest.approx((40.4, 0.3))
+    assert "182 %" in str(presentation.published(published))
+
+
+def test_beside_two_warm_ups_stands_no_published_figure(store: Store) -> None:
+    cells = warmup.grid(warmup_contexts={"small": [128]}, warmup_counts=[0, 2, 5], device="cpu")
+    records = [record_of(cell.case) for cell in cells]
+    summary = warmup.summarise(records, PEAKS, store=store)
+    assert summary["a100_ms"].round(1).fillna(0).tolist() == [96.6, 0, 40.4]

@@ -16,7 +16,7 @@ NAN = float("nan")
 
 
 def row(**changes: Any) -> dict[str, Any]:
-    return {
+    content = {
         "size": "small",
         "d_model": 768,
         "d_ff": 3072,
@@ -42,6 +42,7 @@ def row(**changes: Any) -> dict[str, Any]:
         "mean_ms": 10.0,
         "std_ms": 0.1,
         "median_ms": 10.0,
+        "device": "cpu",
         "bound_ms": 5.0,
         "bound_by": "compute",
         "times_bound": 2.0,
@@ -52,6 +53,7 @@ def row(**changes: Any) -> dict[str, Any]:
         "a100_std_ms": 0.3,
         "h100_ms": NAN,
     } | changes
+    return content | {"min_ms": content["median_ms"] * 0.9, "max_ms": content["median_ms"] * 1.1}
 
 
 def summary(*rows: dict[str, Any]) -> pd.DataFrame:
@@ -99,16 +101,30 @@ def test_what_did_not_run_says_why_and_what_was_disturbed_or_stale_is_marked() -
 
 
 def test_backward_is_compared_with_forward_case_by_case() -> None:
-    found = str(presentation.findings(summary(*PAIR)))
-    assert "Loss and backward take 2.0 times as long as forward" in found
-    assert "does not hold" not in found
+    found = str(presentation.findings(summary(*PAIR))[0])
+    assert found == (
+        "Loss and backward take 2.0 times as long as forward, the median of 1 quiet case, "
+        "about the two times that the products alone predict."
+    )
 
 
 def test_a_sentence_that_the_data_contradict_says_so() -> None:
     slow = row(phase="forward-backward", mean_ms=90.0, median_ms=90.0)
-    first = str(presentation.findings(summary(row(), slow))[0])
-    assert "8.0 times" in first
-    assert "does not hold here" in first
+    first = presentation.findings(summary(row(), slow))[0]
+    assert first.holds is False
+    assert "8.0 times" in str(first)
+    assert "not the two times" in str(first)
+
+
+def test_noisy_times_are_not_compared() -> None:
+    noisy = row(phase="forward-backward", median_ms=5.0, noise="spread of 90% of the median")
+    assert "cannot be told: every pair of times is noisy" in str(presentation.findings(summary(row(), noisy))[0])
+
+
+def test_a_time_below_its_floor_is_told_as_a_fault_of_the_ceilings() -> None:
+    below = presentation.findings(summary(row(times_bound=0.7)))[-1]
+    assert below.holds is False
+    assert "disturbed when its ceilings were measured" in str(below)
 
 
 def test_without_records_the_sentence_names_the_command_that_produces_them() -> None:
@@ -122,7 +138,7 @@ def test_a_figure_has_a_panel_per_phase_with_units_and_a_legend_of_what_is_shown
     assert drawing.axes[0].get_ylabel() == "time per step (ms)"
     assert all(axes.get_xlabel() for axes in drawing.axes)
     labels = [text.get_text() for text in drawing.legends[0].get_texts()]
-    assert labels == ["measured, toy-1c", "floor, toy-1c", "published, A100 40 GB"]
+    assert labels == ["median, and least to most, toy-1c", "floor, toy-1c", "published, A100 40 GB"]
 
 
 def test_many_sizes_are_stacked_so_that_their_names_fit() -> None:

@@ -182,7 +182,7 @@ def test_a_size_beyond_the_memory_is_refused_before_it_is_built(
     (record,) = records()
     assert record.status == "oom"
     # Weights, gradients and two moments of AdamW, 4 bytes each, of 12.8 thousand million parameters: 191 GiB.
-    assert re.search(r"need at least 19\d GiB .* 8\.00 GiB are available", str(record.reason))
+    assert re.search(r"need at least 19\d GiB, and 8\.00 GiB are available", str(record.reason))
     assert str(record.reason) in captured.out
     assert "Traceback" not in captured.out + captured.err
 
@@ -224,7 +224,7 @@ def test_a_model_of_given_dimensions_is_timed_in_every_phase_beside_its_floor(
     rows = table_of(captured.out)
     assert [row["phase"] for row in rows] == phases
     assert all(float(row["floor (ms)"].replace(",", "")) > 0 for row in rows)
-    assert all(row["measured (ms)"] for row in rows)
+    assert all(row["mean ± std (ms)"] for row in rows)
     found = records()
     assert {record.status for record in found} == {"ok"}
     assert all(len(record.measurement.samples["step_ms"]) == 2 for record in found)

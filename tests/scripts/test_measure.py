@@ -174,7 +174,7 @@ def test_remeasuring_measures_what_has_a_fresh_record(script: ModuleType, capsys
 def test_the_table_shows_the_time_beside_its_floor(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     assert status_of(script, "transformer_step") == 0
     headings = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| size"))
-    assert "measured (ms)" in headings
+    assert "mean ± std (ms)" in headings
     assert "floor (ms)" in headings
 
 
