@@ -199,16 +199,6 @@ def test_the_floor_of_an_attention_that_may_skip_masked_tiles_is_lower() -> None
     assert skipping < materialised
 
 
-def test_measured_times_lie_above_their_floor_on_this_machine(store: Store) -> None:
-    from cs336_systems.experiments import machine_peaks
-
-    peaks = machine_peaks.ensure_peaks("cpu", store)
-    cells = transformer_step.grid(contexts={"tiny": [64]}, device="cpu", warmup=1, steps=3)
-    outcome = sweep.run(transformer_step, cells, store=store)
-    summary = transformer_step.summarise(outcome.records, peaks, store=store)
-    assert (summary["times_bound"] > 1.0).all()
-
-
 def test_the_prediction_needs_no_device_and_counts_what_the_summary_counts(store: Store) -> None:
     case = dataclasses.replace(small(phase="step"), device="cuda")
     (predicted,) = transformer_step.predict([case], gpu_peaks("h200")).itertuples()

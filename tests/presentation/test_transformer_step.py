@@ -16,7 +16,7 @@ NAN = float("nan")
 
 
 def row(**changes: Any) -> dict[str, Any]:
-    content = {
+    content: dict[str, Any] = {
         "size": "small",
         "d_model": 768,
         "d_ff": 3072,
