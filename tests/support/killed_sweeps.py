@@ -1,7 +1,7 @@
 """Start a sweep, kill it with SIGKILL at a random moment, and do so again: `killed_sweeps.py DATA KILLS SEED CASES`.
 
 Children are forked from this process, which has imported everything and started no thread, so that a kill costs
-milliseconds. Prints, per kill, how many cases the child had announced as saved; then what a last sweep, left alone, found to do.
+milliseconds. Prints, per kill, how many cases the child had announced as saved; then what a last sweep found to do.
 """
 
 from __future__ import annotations

@@ -262,3 +262,8 @@ def test_the_index_replaces_what_is_between_the_markers_and_nothing_else() -> No
 def test_a_readme_without_both_markers_in_order_is_an_error(readme: str) -> None:
     with pytest.raises(UserError, match="lacks the lines"):
         with_readme_index(readme, load_index())
+
+
+def test_the_readme_has_no_gap_where_a_number_should_be() -> None:
+    readme = (repository_root() / "README.md").read_text(encoding="utf-8")
+    assert re.findall(r"@[A-Z]+@", readme) == []
