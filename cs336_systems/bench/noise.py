@@ -121,9 +121,12 @@ _THROTTLING = ("sw_power_cap", "sw_thermal_slowdown", "hw_thermal_slowdown", "hw
 
 def _throttled_seconds() -> dict[str, float]:
     """How long the GPU's clocks have been held down, by reason; empty where the driver does not count it."""
-    found = {}
-    for reason in _THROTTLING:
-        text = nvidia_smi(f"clocks_event_reasons_counters.{reason}")
-        if text is not None and text.isdigit():
-            found[reason] = int(text) / 1e6
-    return found
+    text = nvidia_smi(",".join(f"clocks_event_reasons_counters.{reason}" for reason in _THROTTLING))
+    counted = [value.strip() for value in text.split(",")] if text is not None else []
+    if len(counted) != len(_THROTTLING):
+        return {}
+    return {
+        reason: int(microseconds) / 1e6
+        for reason, microseconds in zip(_THROTTLING, counted, strict=True)
+        if microseconds.isdigit()
+    }

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
+
 import pytest
 
 from cs336_systems.bench import noise
+from cs336_systems.bench.machine import usable_cores
 
 
 def test_the_spread_is_the_interquartile_range_over_the_median() -> None:
@@ -20,3 +25,35 @@ def test_a_wide_spread_is_flagged_and_a_narrow_one_is_not() -> None:
     assert monitor.report({"step_ms": [1.0, 1.0, 1.0, 1.0]})["flags"] == []
     (flag,) = monitor.report({"step_ms": [1.0, 2.0, 3.0, 4.0]})["flags"]
     assert flag == "spread of 60% of the median"
+
+
+def test_a_gpu_whose_clocks_were_held_down_is_flagged_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    readings = iter(["0, 5, [N/A], 7", "9000000, 5, [N/A], 7"])
+    monkeypatch.setattr(noise, "nvidia_smi", lambda _: next(readings))
+    with noise.NoiseMonitor("cuda") as monitor:
+        pass
+    (flag,) = [flag for flag in monitor.report({})["flags"] if "clocks" in flag]
+    assert "sw_power_cap" in flag
+
+
+@pytest.mark.parametrize("answer", [None, "", "1, 2"])
+def test_a_driver_that_does_not_count_is_no_noise(monkeypatch: pytest.MonkeyPatch, answer: str | None) -> None:
+    monkeypatch.setattr(noise, "nvidia_smi", lambda _: answer)
+    with noise.NoiseMonitor("cuda") as monitor:
+        pass
+    assert not any("clocks" in flag for flag in monitor.report({})["flags"])
+
+
+def test_another_process_on_the_same_cores_is_seen() -> None:
+    """As many processes that do nothing but count as there are cores, and this one asleep."""
+    counting = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(usable_cores())]
+    try:
+        with noise.NoiseMonitor("cpu") as monitor:
+            time.sleep(1.0)
+    finally:
+        for process in counting:
+            process.kill()
+            process.wait()
+    report = monitor.report({})
+    assert report["others"] > noise.NoiseMonitor.OTHERS
+    assert any("other processes used" in flag for flag in report["flags"])
