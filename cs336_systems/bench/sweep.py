@@ -70,7 +70,7 @@ def run(
         machine: whose records these are; by default the machine of the first case's device.
         remeasure: measure again what has a fresh record; by default only if CS336_REMEASURE is 1, which is how the
             runner reaches into a notebook.
-        parameters: what the grid was made from, for the context.
+        parameters: what the grid was made from, for the context; by default every field's values in the grid.
 
     Raises:
         UserError: records cannot be written, or the cases are of several devices.
@@ -94,7 +94,7 @@ def run(
     waiting = [cell for cell in cells if remeasure or not _is_settled(known, cell, fingerprints[_key(cell)], available)]
     counts: Counter[str] = Counter(reused=len(cells) - len(waiting))
     if waiting:
-        context = run_context(experiment, machine, parameters or {})
+        context = run_context(experiment, machine, parameters if parameters is not None else _axes(cells))
         with store.begin_run(machine, name, context) as writer:
             for record in _measure_all(experiment, waiting, fingerprints, machine, writer):
                 known[record.key] = record
@@ -202,6 +202,12 @@ def impersonal(text: str) -> str:
 def _measured(measurement: Measurement) -> dict[str, list[float]]:
     """The samples whose spread tells of noise: warm-ups are expected to differ."""
     return {name: values for name, values in measurement.samples.items() if not name.startswith("warmup")}
+
+
+def _axes(cells: Sequence[Cell[Any]]) -> dict[str, Any]:
+    """The values that each field of the cases takes, in the order of the grid."""
+    cases = [dataclasses.asdict(cell.case) for cell in cells]
+    return {name: list(dict.fromkeys(case[name] for case in cases)) for name in cases[0]}
 
 
 def _fingerprints(experiment: ModuleType, machine: Machine, cells: Sequence[Cell[Any]]) -> dict[str, dict[str, Any]]:

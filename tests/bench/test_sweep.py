@@ -298,5 +298,6 @@ def test_every_record_line_says_itself_what_it_measured(store: Store) -> None:
     (path,) = (store.local / record.machine / "toy_experiment").glob("*.jsonl")
     context, line = [json.loads(text) for text in path.read_text().splitlines()]
     assert context["kind"] == "context"
+    assert context["parameters"] == {"number": [0], "behaviour": ["ok"], "device": ["cpu"], "seconds": [0.0]}
     assert line["case"] == dataclasses.asdict(toy_experiment.Case(0))
     assert line["fingerprint"] == context["fingerprint"]
