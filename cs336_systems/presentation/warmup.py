@@ -85,7 +85,7 @@ def figure(summary: pd.DataFrame) -> Figure:
     measured = summary[summary["status"] == "ok"]
     groups = list(measured.groupby(["size", "context_length", "phase"], sort=False))
     with figure_style():
-        drawing = Figure(figsize=(3.6 * max(1, len(groups)), 3.0))
+        drawing = Figure(figsize=(3.4 * max(1, len(groups)) + 1.8, 3.0))
         panels = drawing.subplots(1, max(1, len(groups)), squeeze=False)[0]
         for panel, ((size, context, phase), rows) in zip(panels, groups, strict=False):
             for index, row in enumerate(rows.itertuples()):
@@ -101,8 +101,10 @@ def figure(summary: pd.DataFrame) -> Figure:
             logarithmic(panel.yaxis)
             panel.plot([], [], "o", color=BOUND, markerfacecolor="white", label="hollow: a warm-up step")
             panel.axhline(rows["bound_ms"].iloc[0], color=BOUND, linewidth=1.5, marker="none", label="floor")
-            panel.legend()
         panels[0].set_ylabel("time of the step (ms)")
+        handles, labels = panels[0].get_legend_handles_labels()
+        if handles:
+            drawing.legend(handles, labels, loc="outside right center")
         drawing.suptitle(caption(measured), fontsize=8)
     return drawing
 
