@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,8 +13,9 @@ from typing import Any
 import nbformat
 import pytest
 
-from cs336_systems.bench.progress import EVENTS_VARIABLE
+from cs336_systems.bench.progress import EVENTS_VARIABLE, post_event
 from cs336_systems.errors import UserError
+from cs336_systems.workbook import run as runner
 from cs336_systems.workbook.index import Notebook
 from cs336_systems.workbook.run import NotebookRun, execute, shown_texts
 
@@ -246,3 +248,36 @@ def test_texts_are_the_markdown_that_code_cells_display_and_nothing_else() -> No
     ]
     cells = [nbformat.v4.new_markdown_cell("prose"), nbformat.v4.new_code_cell("show()", outputs=outputs)]
     assert shown_texts(nbformat.v4.new_notebook(cells=cells)) == ["a table"]
+
+
+def test_events_that_are_malformed_cost_no_count_of_what_follows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    events = tmp_path / "events.jsonl"
+    for event in ({"event": "progress", "done": 1}, {"nothing": 0}, {"event": "sweep"}, {"event": "end"}):
+        post_event(events, event)
+    post_event(events, {"event": "sweep", "counts": {"failed": 3}})
+    with runner._ProgressDisplay(events, "notebook") as display:
+        pass
+    assert display.counts == {"failed": 3}
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_copy_that_was_not_wholly_written_is_told_and_not_read(tmp_path: Path) -> None:
+    half = tmp_path / "half.ipynb"
+    half.write_text('{"cells": [')
+    for path in (half, tmp_path / "none.ipynb"):
+        notebook, why = runner._read(path)
+        assert notebook.cells == []
+        assert why is not None
+        assert why.startswith("no executed copy was written")
+
+
+def test_partial_copies_of_killed_runs_are_removed_and_those_of_running_ones_are_not(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        pass
+    abandoned, running = (tmp_path / f".nb.{process}.partial.ipynb" for process in (ended.pid, os.getpid()))
+    abandoned.touch()
+    running.touch()
+    runner._remove_abandoned(tmp_path, "nb")
+    assert [abandoned.exists(), running.exists()] == [False, True]
