@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 from pathlib import Path
 
 from cs336_systems.analysis.flops import PHASES
 from cs336_systems.bench import sweep
 from cs336_systems.bench.grid import Cell
 from cs336_systems.bench.machine import resolve_device, this_machine
-from cs336_systems.bench.records import DATA_VARIABLE, Store
+from cs336_systems.bench.records import Store
 from cs336_systems.errors import HelpFormatter, UserError, run_command
 from cs336_systems.experiments import machine_peaks, transformer_step
 from cs336_systems.experiments.transformer_step import AUTOCAST, DTYPES, FLOAT32_MATMUL, Case
@@ -31,12 +30,10 @@ _DIMENSIONS = ("d_model", "d_ff", "num_layers", "num_heads", "vocab_size", "rope
 
 def main(argv: list[str] | None) -> int:
     arguments = parse(argv)
-    if arguments.data_dir is not None:
-        os.environ[DATA_VARIABLE] = str(arguments.data_dir.absolute())
     config = chosen_config(arguments)
     cells = [Cell(build_case(arguments, config, phase)) for phase in arguments.phase]
     machine = this_machine(cells[0].case.device)
-    store = Store.default()
+    store = Store.default(arguments.data_dir)
     peaks = machine_peaks.ensure_peaks(machine.device, store)
     # Whoever times a step by hand wants it timed now.
     outcome = sweep.run(transformer_step, cells, store=store, machine=machine, remeasure=not arguments.reuse)

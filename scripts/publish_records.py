@@ -12,18 +12,15 @@ record wins, those already published included.
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
-from cs336_systems.bench.records import DATA_VARIABLE, Store
+from cs336_systems.bench.records import Store
 from cs336_systems.errors import HelpFormatter, UserError, run_command, unknown_name
 
 
 def main(argv: list[str] | None) -> int:
     arguments = parse(argv)
-    if arguments.data_dir is not None:
-        os.environ[DATA_VARIABLE] = str(arguments.data_dir.absolute())
-    store = Store.default()
+    store = Store.default(arguments.data_dir)
     available = store.local_machines()
     if arguments.list:
         print_list(store, available)

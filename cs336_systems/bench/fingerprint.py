@@ -80,13 +80,18 @@ def function_with_callees(function: Callable[..., Any]) -> str:
         if name in found or name not in definitions:
             continue
         found[name] = bare_source(definitions[name])
-        waiting += [node.id for node in ast.walk(ast.parse(found[name])) if isinstance(node, ast.Name)]
+        waiting += names_in(found[name])
     return "\n".join(found[name] for name in sorted(found))
+
+
+def names_in(source: str) -> set[str]:
+    """Every name that a piece of source uses."""
+    return {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
 
 
 def _top_level_definitions(source: str) -> dict[str, str]:
     """The source of every function, class and constant of a module, by name."""
-    lines = source.splitlines()
+    lines = source.split("\n")  # as in `bare_source`
     definitions: dict[str, str] = {}
     for node in ast.parse(source).body:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
@@ -140,8 +145,7 @@ def measured_modules(experiment: ModuleType) -> list[str]:
 
 def _measured_imports(experiment: ModuleType) -> list[str]:
     """The imports of an experiment, less those of other experiments that its `measure` does not name."""
-    measure = function_with_callees(experiment.measure)
-    named = {node.id for node in ast.walk(ast.parse(measure)) if isinstance(node, ast.Name)}
+    named = names_in(function_with_callees(experiment.measure))
     return [
         name
         for name in imported_modules(Path(str(experiment.__file__)))

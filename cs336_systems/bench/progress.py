@@ -73,16 +73,6 @@ class Progress:
         self._sink.close()
 
 
-class Silent:
-    """Shows nothing."""
-
-    def update(self, done: float, total: float, label: str) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
 class Bar:
     """A tqdm bar: in a terminal, or as a widget in a notebook."""
 

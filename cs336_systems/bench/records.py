@@ -267,10 +267,10 @@ class Store:
     published: Path
 
     @classmethod
-    def default(cls) -> Store:
-        """The checkout's own; the environment variable CS336_DATA moves the local part elsewhere."""
+    def default(cls, local: Path | None = None) -> Store:
+        """The checkout's own; `local`, or else the environment variable CS336_DATA, moves the local part elsewhere."""
         data = repository_root() / "data"
-        told = os.environ.get(DATA_VARIABLE)
+        told = local or os.environ.get(DATA_VARIABLE)
         return cls(local=Path(told).absolute() if told else data / "local", published=data)
 
     def begin_run(self, machine: Machine, experiment: str, context: dict[str, Any]) -> RunWriter:

@@ -232,9 +232,9 @@ def _is_settled(known: dict[str, Record], cell: Cell[Any], fingerprint_now: dict
         return False
     if cell.skip_reason is not None or record.status == "skipped":
         return record.status == "skipped" and record.reason == cell.skip_reason
-    if record.status == "oom":
-        return not record.stale_reasons(fingerprint_now) and available <= record.measurement.values.get(AVAILABLE, 0)
-    return not record.stale_reasons(fingerprint_now)
+    if record.stale_reasons(fingerprint_now):
+        return False
+    return record.status != "oom" or available <= record.measurement.values.get(AVAILABLE, 0)
 
 
 def _key(cell: Cell[Any]) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cs336_systems.analysis.hardware import Peaks, gpu_peaks
-from cs336_systems.bench.grid import Cell
+from cs336_systems.bench.grid import Cell, runnable
 from cs336_systems.bench.machine import resolve_device, this_machine
 from cs336_systems.bench.records import Store, case_key
 from cs336_systems.errors import UserError
@@ -61,14 +61,14 @@ def plan_experiment(name: str, arguments: Mapping[str, Any], profile: Profile, s
     peaks, slowdown = _expected(device, profile, store)
     machine = _machine_name(device)
     known = store.local_records(machine, name) if machine else {}
-    waiting = [cell.case for cell in cells if cell.skip_reason is None and not _recorded(known, cell)]
+    waiting = [case for case in runnable(cells) if not _recorded(known, case)]
     seconds = [experiment.predicted_seconds(case, peaks, slowdown) if peaks else math.nan for case in waiting]
     skipped = sum(cell.skip_reason is not None for cell in cells)
     return Plan(name, len(cells), skipped, len(cells) - skipped - len(waiting), sum(seconds) / 60)
 
 
-def _recorded(known: Mapping[str, Any], cell: Cell[Any]) -> bool:
-    record = known.get(case_key(dataclasses.asdict(cell.case)))
+def _recorded(known: Mapping[str, Any], case: Any) -> bool:
+    record = known.get(case_key(dataclasses.asdict(case)))
     return record is not None and record.is_good
 
 

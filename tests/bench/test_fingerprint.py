@@ -137,3 +137,10 @@ def test_on_a_cpu_the_number_of_threads_is_part_of_the_fingerprint() -> None:
 def test_an_implementation_that_cannot_be_imported_is_an_error() -> None:
     with pytest.raises(UserError, match="cannot import 'no_such_module_anywhere'"):
         fingerprint.fingerprint(toy_experiment, this_machine("cpu"), ["no_such_module_anywhere:Model"])
+
+
+def test_a_line_separator_in_a_constant_moves_no_definition(tmp_path: Path) -> None:
+    path = tmp_path / "experiment_separator.py"
+    path.write_text('TEXT = "a\u2028b"\n\n\ndef measure(case, on_part):\n    return 1\n', encoding="utf-8")
+    bare = fingerprint.function_with_callees(load_file(path, path.stem).measure)
+    assert bare == "def measure(case, on_part):\n    return 1"
