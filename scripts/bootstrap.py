@@ -23,7 +23,7 @@ VENV = ROOT / ".venv"
 STAMP = VENV / "installed-for"
 """Where the environment is and with which Python, then what is installed: one of the two words, or a hash."""
 UNFINISHED, EMPTY = "unfinished", "empty"
-EXTRAS = "notebooks,gpu,dev"
+EXTRAS = "notebooks,writeup,gpu,dev"
 OLDEST, NEWEST = (3, 11), (3, 13)
 
 

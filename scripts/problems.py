@@ -14,9 +14,10 @@ from typing import Any
 
 import pandas as pd
 
-from cs336_systems.bench.records import Store, write_atomically
+from cs336_systems.bench.records import Store
 from cs336_systems.bench.report import MISSING, Column, Table
 from cs336_systems.errors import HelpFormatter, UserError, run_command
+from cs336_systems.files import write_atomically
 from cs336_systems.repository import repository_root
 from cs336_systems.workbook.index import YEARS, Index, load_index, points_text, with_readme_index
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Execute notebooks on this machine with papermill, save the executed copies, and print their tables.
+"""Execute notebooks on this machine with papermill, print their tables, and render the writeup from the records.
 
 python scripts/run.py                       every notebook at laptop size
 python scripts/run.py 01 --profile h200     one notebook, with the parameters of a profile
@@ -22,6 +22,8 @@ from cs336_systems.bench.records import Store
 from cs336_systems.bench.report import Column, Table, number, seconds_in_words
 from cs336_systems.errors import HelpFormatter, UserError, run_command
 from cs336_systems.repository import repository_root
+from cs336_systems.workbook.documents import require_tools
+from cs336_systems.workbook.editions import build, build_folder, executed_notebooks
 from cs336_systems.workbook.index import Index, Notebook, load_index
 from cs336_systems.workbook.plan import ASSUMED_SLOWDOWN, lay_out, plan_experiment
 from cs336_systems.workbook.profiles import (
@@ -59,6 +61,8 @@ def main(argv: list[str] | None) -> int:
         for notebook in chosen:  # a mistake in the last notebook is told before the first is run
             for name in notebook.experiments:
                 lay_out(name, grid_arguments(notebook, name, parameters[notebook]), here=True)
+        if not arguments.no_writeup:
+            require_tools()
         if arguments.remeasure:
             os.environ["CS336_REMEASURE"] = "1"
         runs: list[NotebookRun] = []
@@ -71,8 +75,23 @@ def main(argv: list[str] | None) -> int:
             if arguments.fail_fast and not runs[-1].ok:
                 break
         print(f"\n{runs_table(runs)}\n")
+        written = arguments.no_writeup or render(profile.name, index, parameters, runs)
         print_places(is_temporary)
-    return 0 if all(run.ok for run in runs) else 1
+    return 0 if written and all(run.ok for run in runs) else 1
+
+
+def render(profile: str, index: Index, parameters: dict[Notebook, dict[str, object]], runs: list[NotebookRun]) -> bool:
+    """Render the writeup with the records of this run, and say where it is; whether it could be."""
+    store = Store.default()
+    grids = {name: grid_arguments(book, name, given) for book, given in parameters.items() for name in book.experiments}
+    executed = executed_notebooks(store, index, profile) | {run.notebook.name: run.output for run in runs if run.ok}
+    try:
+        paths = build(store, index, folder=build_folder(profile, None), profile=profile, grids=grids, executed=executed)
+    except UserError as error:
+        print(f"the writeup was not rendered: {error}\nEvery record is safe; `python scripts/writeup.py` tries again.")
+        return False
+    print(f"writeup: {', '.join(shown_path(path) for path in paths)}")
+    return True
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -91,6 +110,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="list notebooks and profiles, and do nothing")
     parser.add_argument("--dry-run", action="store_true", help="print the cases and the predicted minutes, and stop")
     parser.add_argument("--remeasure", action="store_true", help="measure again what has a fresh record")
+    parser.add_argument("--no-writeup", action="store_true", help="do not render the writeup at the end")
     parser.add_argument("--fail-fast", action="store_true", help="stop at the first notebook that fails")
     parser.add_argument("--data-dir", type=Path, help="keep records and executed notebooks there, not in data/local")
     return parser.parse_args(argv)

@@ -4,18 +4,22 @@
     python scripts/strip_outputs.py [NOTEBOOK…]           strip in place
     python scripts/strip_outputs.py --check [NOTEBOOK…]   exit with 1 if there is anything to strip
 
-Without names, all of notebooks/. Outputs, execution counts and widget state go; everything else stays as it is.
+Without names, all of notebooks/. Outputs, execution counts and widget state go; everything else stays as it is. Needs
+nothing but Python, since the git hook runs it with whatever Python there is.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
-from cs336_systems.bench.records import write_atomically
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the package need not be installed
+
 from cs336_systems.errors import HelpFormatter, UserError, run_command
+from cs336_systems.files import write_atomically
 from cs336_systems.repository import repository_root
 
 

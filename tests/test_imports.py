@@ -35,6 +35,10 @@ OPTIONAL = (
     "matplotlib",
     "seaborn",
     "submitit",
+    "jinja2",
+    "pypandoc",
+    "typst",
+    "playwright",
     "beartype",
     "pytest",
 )
@@ -49,6 +53,7 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
     "experiments": ("workbook", "presentation"),
     "presentation": ("workbook",),
     "errors": (*SYSTEMS, *MEASURING),
+    "files": (*SYSTEMS, *MEASURING),
     "repository": (*SYSTEMS, *MEASURING),
     "object_reference": (*SYSTEMS, *MEASURING),
 }

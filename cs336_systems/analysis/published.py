@@ -29,6 +29,8 @@ _A100_TABLES = MappingProxyType(
 _A100_FEW_WARMUPS = MappingProxyType({0: "e2e_forward_no_warmup_a100", 1: "e2e_forward_one_warmup_a100"})
 PUBLISHED_WARMUPS = (*_A100_FEW_WARMUPS, 5)
 """The numbers of warm-ups that the published tables were taken with."""
+PUBLISHED_STEPS = 10
+"""How many steps their means and deviations are taken over."""
 _MODEL = ("d_model", "d_ff", "num_layers", "num_heads", "context_length")
 _H100_TABLE = "transformer_train_step_h100"
 

@@ -36,6 +36,7 @@ _NOT_MEASURED = (
     "presentation",
     "workbook",
     "errors",
+    "files",
     "object_reference",
     "repository",
 )

@@ -23,19 +23,21 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import pandas as pd
 
 from cs336_systems.bench.machine import Machine
 from cs336_systems.errors import UserError, WorkbookWarning, unknown_name
+from cs336_systems.files import write_atomically
 from cs336_systems.repository import repository_root
 
 SCHEMA = 1
 DATA_VARIABLE = "CS336_DATA"
 """The environment variable that moves a checkout's own records elsewhere."""
-Status = Literal["ok", "oom", "skipped", "failed"]
-STATUSES: tuple[Status, ...] = get_args(Status)
+Status = Literal["ok", "oom", "skipped", "failed", "missing"]
+STATUSES: tuple[Status, ...] = ("ok", "oom", "skipped", "failed")
+"""What a record in a file can be. "missing" stands for a record that is not there, where all of a grid are shown."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +93,14 @@ class Record:
 def case_key(case: Mapping[str, Any]) -> str:
     """The identity of a case: its fields as JSON in a fixed order."""
     return json.dumps(case, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def missing_record(experiment: str, machine: str, case: Mapping[str, Any], what_to_do: str) -> Record:
+    """What stands in a summary for a case without a record, so that its bound can be shown and its absence said."""
+    nothing: dict[str, Any] = {}
+    return Record(
+        experiment, machine, "", dict(case), "missing", what_to_do, Measurement(), nothing, nothing, "", seconds=0.0
+    )
 
 
 def newest_good(records: Iterable[Record]) -> dict[str, Record]:
@@ -236,26 +246,6 @@ def _cannot_write(path: Path, error: OSError) -> UserError:
     )
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace `path` by `content` in one step: a reader, or a crash, finds the old file or the new one.
-
-    Raises:
-        UserError: the folder or the file cannot be written; the old file is untouched.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise _cannot_write(path, error) from error
-
-
 # The store -----------------------------------------------------------------------------------------------------
 
 
@@ -339,9 +329,11 @@ class Store:
                 experiments.append(path.parent.name)
         return found
 
-    def published_machine(self, machine: str) -> dict[str, Any]:
-        """What the machine.json of a machine that published says of its hardware."""
-        return _read_json(self.published / machine / "machine.json")
+    def machine(self, name: str, *, published: bool) -> Machine:
+        """A machine with records here, as its machine.json describes it."""
+        description = _read_json((self.published if published else self.local) / name / "machine.json")
+        description.pop("name", None)
+        return Machine(name, "cuda" if "multiprocessors" in description else "cpu", description)
 
     def published_context(self, machine: str, experiment: str) -> dict[str, dict[str, Any]]:
         """The contexts of the published runs of `experiment` on `machine`, by run."""
@@ -374,9 +366,7 @@ class Store:
             published_contexts, published_records = read_lines(path)
             contexts = published_contexts | contexts
             records += published_records
-        own = _read_json(self.local / machine / "machine.json")
-        description = {name: value for name, value in own.items() if name != "name"}
-        self._check_machine(path.with_name("machine.json"), Machine(machine, "", description))
+        self._check_machine(path.with_name("machine.json"), self.machine(machine, published=False))
         winners = sorted(newest_good(records).values(), key=lambda record: record.key)
         used = sorted({record.run for record in winners} & contexts.keys())
         lines = [_to_line("context", _without_schema(contexts[run])) for run in used]

@@ -6,11 +6,14 @@ figure is matplotlib's, in one style: colours told apart in grey by their lightn
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import dataclasses
+import html
+import io
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -39,10 +42,26 @@ def with_deviation(mean: float | None, std: float | None) -> str:
     >>> with_deviation(40.4321, 0.3149), with_deviation(1234.5, 36.0), with_deviation(2.5, float("nan"))
     ('40.43 ± 0.31', '1,234 ± 36', '2.50')
     """
-    if mean is None or std is None or math.isnan(mean) or math.isnan(std) or std == 0:
+    place = _decimal_place(std)
+    if place is None or mean is None or math.isnan(mean):
         return number(mean)
-    decimals = min(max(0, 1 - math.floor(math.log10(std))), 6)
-    return f"{mean:,.{decimals}f} ± {std:,.{decimals}f}"
+    return f"{mean:,.{place}f} ± {std:,.{place}f}"
+
+
+def within(value: float | None, std: float | None) -> str:
+    """`value` to the decimal place that its deviation leaves it: the digits after that say nothing.
+
+    >>> within(40.4321, 0.3149), within(1234.5, 36.0), within(2.5, float("nan"))
+    ('40.43', '1,234', '2.50')
+    """
+    return with_deviation(value, std).partition(" ± ")[0]
+
+
+def _decimal_place(std: float | None) -> int | None:
+    """How many decimals show two significant digits of a deviation; None where there is none to tell."""
+    if std is None or math.isnan(std) or std == 0:
+        return None
+    return min(max(0, 1 - math.floor(math.log10(std))), 6)
 
 
 def percent(share: float | None) -> str:
@@ -101,20 +120,21 @@ class Table:
         """One row of text per row of `summary`; a column without a single value is left out."""
         texts = {column: [column.text(row) for row in summary.itertuples()] for column in columns}
         shown = [column for column in columns if any(text != MISSING for text in texts[column])]
+        cells = [_aligned(texts[column]) if column.align == "right" else texts[column] for column in shown]
         return cls(
             caption=caption,
             headings=tuple(column.heading for column in shown),
-            rows=tuple(zip(*(texts[column] for column in shown), strict=True)),
+            rows=tuple(zip(*cells, strict=True)),
             alignments=tuple(column.align for column in shown),
             notes=tuple(notes),
         )
 
-    def to_markdown(self) -> str:
-        """A GitHub table, its columns padded to the same width."""
+    def pipe_table(self) -> str:
+        """A GitHub table without caption and notes, its columns padded to the same width."""
         cells = [tuple(cell.replace("|", "\\|") for cell in row) for row in (self.headings, *self.rows)]
         widths = [max(3, *(len(row[index]) for row in cells)) for index in range(len(self.headings))]
         rules = [
-            "-" * (width - 1) + ":" if align == "right" else "-" * width
+            "-" * (width - 1) + ":" if align == "right" else ":" + "-" * (width - 1)
             for width, align in zip(widths, self.alignments, strict=True)
         ]
         lines = []
@@ -124,7 +144,11 @@ class Table:
                 for cell, width, align in zip(row, widths, self.alignments, strict=True)
             )
             lines.append("| " + " | ".join(padded) + " |")
-        return "\n".join([f"**{self.caption}**", "", *lines, *(f"\n{note}" for note in self.notes)])
+        return "\n".join(lines)
+
+    def to_markdown(self) -> str:
+        """The caption in bold, the table, and a paragraph per note."""
+        return "\n".join([f"**{self.caption}**", "", self.pipe_table(), *(f"\n{note}" for note in self.notes)])
 
     def __str__(self) -> str:
         return self.to_markdown()
@@ -133,6 +157,44 @@ class Table:
 
     def _repr_markdown_(self) -> str:
         return self.to_markdown()
+
+
+# A quantity as the functions above write it: 1,234.5 ± 0.6, and the marks of a table's notes.
+_QUANTITY = re.compile(
+    r"(?P<whole>[\d,]+)(?P<part>\.\d+)?(?: ± (?P<std_whole>[\d,]+)(?P<std_part>\.\d+)?)?(?P<marks>(?: [~†])*)"
+)
+# Blanks as wide as what they stand for, in any font whose digits are all of one width, and not collapsed by browsers.
+_BLANKS = str.maketrans({**dict.fromkeys("0123456789~†±", "\u2007"), ".": "\u2008", ",": "\u2008", " ": "\u00a0"})
+
+
+def _aligned(texts: Sequence[str]) -> list[str]:
+    """The cells of a column of numbers, padded so that the decimal points stand below one another.
+
+    Texts that are no quantities (a status, a dash) stay as they are.
+    """
+    found = [_QUANTITY.fullmatch(text) for text in texts]
+    part, std_whole, std_part, marks = (
+        max((match[name] or "" for match in found if match), key=len, default="")
+        for name in ("part", "std_whole", "std_part", "marks")
+    )
+    cells = []
+    for text, match in zip(texts, found, strict=True):
+        if match is None:
+            cells.append(text)
+            continue
+        cell = match["whole"] + _padded(match["part"], part)
+        if match["std_whole"]:
+            blank = std_whole[: len(std_whole) - len(match["std_whole"])].translate(_BLANKS)
+            cell += f" ± {blank}{match['std_whole']}{_padded(match['std_part'], std_part)}"
+        elif std_whole:
+            cell += f" ± {std_whole}{std_part}".translate(_BLANKS)
+        cells.append(cell + _padded(match["marks"], marks))
+    return cells
+
+
+def _padded(text: str | None, longest: str) -> str:
+    """`text` and blanks for what `longest` has beyond it."""
+    return (text or "") + longest[len(text or "") :].translate(_BLANKS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +212,20 @@ class Finding:
     def checked(cls, fact: str, holds: bool, *, so: str, but: str) -> Finding:
         """`fact`, then what follows from it: `so` where the usual statement holds, `but` where it does not."""
         return cls(f"{fact}{so if holds else but}", holds)
+
+    @classmethod
+    def from_all(cls, rows: pd.DataFrame, subject: str, say: Callable[[pd.DataFrame], Finding | None]) -> list[Finding]:
+        """`say(rows)`, if every one of `rows` has its record; else that `subject` is not known, and what to run.
+
+        A sentence about part of what it speaks of would be about something else, so one missing record is enough.
+        """
+        missing = rows[rows["status"] == "missing"]
+        if len(missing):
+            to_do = "; ".join(dict.fromkeys(missing["reason"]))
+            cases = f"{len(missing)} of {plural(len(rows), 'case')}"
+            return [cls(f"{subject} cannot be told: no record of {cases}; {to_do}.")]
+        said = say(rows)
+        return [] if said is None else [said]
 
     def _repr_markdown_(self) -> str:
         return str(self)
@@ -212,11 +288,41 @@ def logarithmic(axis: Any) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def save_figure(figure: Figure, stem: Path) -> list[Path]:
-    """Write `figure` as SVG and PNG beside each other; the same figure gives the same bytes."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    paths = [stem.with_suffix(suffix) for suffix in (".svg", ".png")]
-    with figure_style():
-        figure.savefig(paths[0], metadata={"Date": None})
-        figure.savefig(paths[1], metadata={"Software": None})
-    return paths
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A figure and its caption; it is drawn when it is looked at."""
+
+    caption: str
+    draw: Callable[[], Figure]
+
+    def svg(self) -> bytes:
+        """The figure as SVG, its text as outlines; the same figure gives the same bytes."""
+        return self._rendered("svg", {"Date": None, "Title": self.caption})
+
+    def png(self) -> bytes:
+        """The figure as PNG, for viewers that show no SVG."""
+        return self._rendered("png", {"Software": None, "Title": self.caption})
+
+    def _rendered(self, format: str, metadata: dict[str, str | None]) -> bytes:
+        drawing, content = self.draw(), io.BytesIO()
+        with figure_style():
+            drawing.savefig(content, format=format, metadata=metadata)
+        return content.getvalue()
+
+    def __repr__(self) -> str:
+        return self.caption
+
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
+        """For Jupyter: the SVG with its caption below; a PNG where HTML is not shown; the caption in a console."""
+        del include, exclude
+        source = base64.b64encode(self.svg()).decode()
+        caption = html.escape(self.caption)
+        style = "max-width: 100%; background: white"
+        return {
+            "text/html": (
+                f'<figure style="margin: 0"><img alt="{caption}" style="{style}" '
+                f'src="data:image/svg+xml;base64,{source}"><figcaption>{caption}</figcaption></figure>'
+            ),
+            "image/png": base64.b64encode(self.png()).decode(),
+            "text/plain": self.caption,
+        }

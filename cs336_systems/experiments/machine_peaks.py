@@ -10,6 +10,7 @@ Source: the STREAM convention of counting a copy as bytes read plus bytes writte
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -114,31 +115,40 @@ def summarise(
 ) -> pd.DataFrame:
     """One row per ceiling: the best rate over sizes, and the datasheet's where there is one.
 
-    The other arguments are those of every experiment's `summarise`; a ceiling has no use for them.
+    A ceiling that lacks the record of a size is not known: its rate is NaN. The other arguments are those of every
+    experiment's `summarise`; a ceiling has no use for them.
     """
     del peaks, store, fingerprint
     rows = []
     for record in records:
-        if record.status != "ok":
+        if record.status not in ("ok", "missing"):
             continue
-        values = record.measurement.values
-        best_s = min(record.measurement.samples["operation_ms"]) / 1e3
+        is_product = record.case["operation"] == "matmul"
         rows.append(
             {
-                "what": f"{record.case['precision']} products" if record.case["operation"] == "matmul" else "memory",
-                "unit": "FLOP/s" if "flops" in values else "B/s",
+                "what": f"{record.case['precision']} products" if is_product else "memory",
+                "unit": "FLOP/s" if is_product else "B/s",
                 "how": record.case["operation"],
-                "rate": (values["flops"] if "flops" in values else values["bytes"]) / best_s,
+                "rate": _best_rate(record) if record.status == "ok" else math.inf,
                 "machine": record.machine,
-                "device_name": record.fingerprint["device"],
+                "device_name": record.fingerprint.get("device"),
             }
         )
     if not rows:
         return pd.DataFrame(columns=["what", "unit", "how", "rate", "machine", "device_name", "published"])
     best = pd.DataFrame(rows).sort_values("rate", ascending=False).drop_duplicates(["what", "how"])
     best = best.sort_values(["unit", "what", "how"], ascending=[False, True, True]).reset_index(drop=True)
+    best["rate"] = best["rate"].replace(math.inf, math.nan)  # infinite so far, to win over the sizes that are there
+    best["device_name"] = next((name for name in best["device_name"] if name), "")
     best["published"] = [_published(row.what, row.device_name) for row in best.itertuples()]
     return best
+
+
+def _best_rate(record: Record) -> float:
+    """FLOP/s or B/s of the fastest sample."""
+    values = record.measurement.values
+    work = values["flops"] if "flops" in values else values["bytes"]
+    return work / (min(record.measurement.samples["operation_ms"]) / 1e3)
 
 
 def _published(what: str, device_name: str) -> float:
@@ -150,7 +160,7 @@ def _published(what: str, device_name: str) -> float:
 
 
 def measured_peaks(records: list[Record], machine: Machine) -> Peaks:
-    """The ceilings of `machine` from its records.
+    """The ceilings of `machine` from its records; one that lacks a record is left out, or NaN for the bandwidth.
 
     Raises:
         UserError: there are none of products in float32 or of memory.
@@ -162,8 +172,8 @@ def measured_peaks(records: list[Record], machine: Machine) -> Peaks:
         raise UserError(f"the ceilings of {machine.name} are not measured: run scripts/measure.py machine_peaks")
     return Peaks(
         name=machine.name,
-        matmul_flops_per_s=MappingProxyType(rates),
-        bandwidth_bytes_per_s=max(streams),
+        matmul_flops_per_s=MappingProxyType({name: rate for name, rate in rates.items() if not math.isnan(rate)}),
+        bandwidth_bytes_per_s=math.nan if any(map(math.isnan, streams)) else max(streams),
         cache_bytes=int(machine.description.get("cache_bytes", machine.description.get("l2_cache_bytes", 0))),
         memory_bytes=psutil.virtual_memory().total,
         source="measured here, fastest of repeated products, copies and sums (experiment machine_peaks)",
@@ -172,12 +182,12 @@ def measured_peaks(records: list[Record], machine: Machine) -> Peaks:
 
 def published_peaks(machine: str, store: Store) -> Peaks | None:
     """The ceilings of a machine that published its records: the datasheet's, or those it measured; None without."""
-    description = store.published_machine(machine)
-    key = identify_gpu(str(description.get("device_name")))
+    described = store.machine(machine, published=True)
+    key = identify_gpu(described.device_name)
     if key is not None:
         return GPUS[key]
     records = store.published_records("machine_peaks").get(machine)
-    return measured_peaks(list(records.values()), Machine(machine, "", description)) if records else None
+    return measured_peaks(list(records.values()), described) if records else None
 
 
 def peaks_of(machine: Machine, store: Store | None = None) -> Peaks:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -322,12 +323,13 @@ def checked_phase(case: Case) -> flops.Phase:
 
 
 def bound_ms(case: Case, peaks: Peaks, counted_flops: int | None = None) -> tuple[float, str]:
-    """The floor of one step in milliseconds, and the ceiling that sets it; (NaN, "") where one is not known.
+    """The floor of one step in milliseconds, and the ceiling that sets it; (NaN, "") where a ceiling is not known.
 
     `counted_flops`: of somebody else's model, whose floor is that of the products it was seen to do.
     """
     precision = product_precision(case.dtype, case.autocast, case.float32_matmul)
-    if precision not in peaks.matmul_flops_per_s or (case.model is not None and counted_flops is None):
+    unknown = precision not in peaks.matmul_flops_per_s or math.isnan(peaks.bandwidth_bytes_per_s)
+    if unknown or (case.model is not None and counted_flops is None):
         return float("nan"), ""
     if counted_flops is not None:
         floor = bound(flops.Work(counted_flops), peaks, precision)
@@ -422,6 +424,7 @@ def summarise(
             "size": case.size,
             **record.case,
             "machine": record.machine,
+            **{name: record.fingerprint.get(name) for name in ("torch", "threads")},
             "status": record.status,
             "reason": record.reason,
             "mean_ms": statistics.mean if statistics else float("nan"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -10,13 +11,14 @@ import pandas as pd
 from cs336_systems.analysis.published import A100, H100
 from cs336_systems.bench.report import (
     BOUND,
-    MEASURED,
+    COLOURS,
     MISSING,
     PUBLISHED,
     PUBLISHED_TOO,
     Column,
     Finding,
     Findings,
+    Picture,
     Table,
     bytes_in_words,
     figure_style,
@@ -25,6 +27,7 @@ from cs336_systems.bench.report import (
     percent,
     plural,
     with_deviation,
+    within,
 )
 
 if TYPE_CHECKING:
@@ -70,26 +73,42 @@ def prediction(predicted: pd.DataFrame) -> Table:
 
 
 def elsewhere(summary: pd.DataFrame) -> Table | Finding:
-    """The published records of all machines, each with its own floor."""
+    """The published records of all machines, each with its own floor and what others published for the same work."""
     if not len(summary):
         return Finding("No machine has published records of this experiment yet: scripts/publish_records.py publishes.")
     columns = [
         Column("machine", lambda row: row.machine, "left"),
         *_identity(summary),
+        *_times(),
+        _memory(summary),
+        *_published(),
+    ]
+    first = summary.iloc[0]
+    shared = ", ".join([f"batch {first['batch_size']}", *_shared_choices(summary)])
+    return Table.of(summary, columns, caption=f"Time per step by machine: {shared}", notes=notes_below(summary))
+
+
+def _times() -> list[Column]:
+    return [
         Column("mean ± std (ms)", measured_text),
-        Column("median (ms)", lambda row: number(row.median_ms)),
+        Column("median (ms)", lambda row: within(row.median_ms, row.std_ms)),
         Column("floor (ms)", lambda row: number(row.bound_ms)),
         Column("median / floor", lambda row: number(row.times_bound, 2)),
-        _memory(summary),
     ]
-    return Table.of(summary, columns, caption="Published records of this workbook", notes=notes_below(summary))
+
+
+def _published() -> list[Column]:
+    return [
+        Column(f"{A100} (ms)", lambda row: with_deviation(row.a100_ms, row.a100_std_ms)),
+        Column(f"{H100} (ms)", lambda row: number(row.h100_ms)),
+    ]
 
 
 def _memory(rows: pd.DataFrame) -> Column:
     """A GPU's allocator counts tensors; a CPU's resident set also what libraries and the C allocator keep."""
     kinds = set(rows["device"]) if len(rows) else set()
     heading = {frozenset({"cuda"}): "peak allocated", frozenset({"cpu"}): "resident growth"}.get(frozenset(kinds))
-    return Column(heading or "peak memory", lambda row: bytes_in_words(row.peak_bytes))
+    return Column(f"{heading or 'peak memory'} (MiB)", lambda row: number(row.peak_bytes / 2**20))
 
 
 def _choice(row: Any, name: str) -> str:
@@ -98,29 +117,26 @@ def _choice(row: Any, name: str) -> str:
 
 def _identity(rows: pd.DataFrame) -> list[Column]:
     """The columns that tell cases apart: size, context, phase, and whatever choice is not the same for all."""
-    varying = [name for name in _CHOICES if len(rows) and rows[name].nunique(dropna=False) > 1]
     return [
         Column("size", lambda row: row.size, "left"),
         Column("context", lambda row: str(row.context_length)),
         Column("phase", lambda row: row.phase, "left"),
-        *(Column(name, partial(_choice, name=name), "left") for name in varying),
+        *(Column(name, partial(_choice, name=name), "left") for name in _varying(rows)),
     ]
+
+
+def _varying(rows: pd.DataFrame) -> list[str]:
+    """The choices that are not the same for all rows."""
+    return [name for name in _CHOICES if len(rows) and rows[name].nunique(dropna=False) > 1]
 
 
 def table(summary: pd.DataFrame) -> Table:
     """Every case: measured, its floor, how far above it, peak memory, and the published times."""
-    columns = [
-        *_identity(summary),
-        Column("mean ± std (ms)", measured_text),
-        Column("median (ms)", lambda row: number(row.median_ms)),
-        Column("floor (ms)", lambda row: number(row.bound_ms)),
-        Column("set by", lambda row: row.bound_by or MISSING, "left"),
-        Column("median / floor", lambda row: number(row.times_bound, 2)),
-        _memory(summary),
-        Column(f"{A100} (ms)", lambda row: with_deviation(row.a100_ms, row.a100_std_ms)),
-        Column(f"{H100} (ms)", lambda row: number(row.h100_ms)),
-    ]
-    return Table.of(summary, columns, caption=caption(summary), notes=notes_below(summary))
+    limits = [limit for limit in summary["bound_by"].unique() if limit] if len(summary) else []
+    limit = [Column("set by", lambda row: row.bound_by or MISSING, "left")] if len(limits) > 1 else []
+    columns = [*_identity(summary), *_times(), *limit, _memory(summary), *_published()]
+    limited = [f"Every floor is set by {limits[0]}."] if len(limits) == 1 else []
+    return Table.of(summary, columns, caption=caption(summary), notes=limited + notes_below(summary))
 
 
 def measured_text(row: Any) -> str:
@@ -135,140 +151,207 @@ def caption(summary: pd.DataFrame) -> str:
     if not len(summary):
         return "No records"
     first = summary.iloc[0]
-    settings = [str(first["machine"]), f"batch {first['batch_size']}"]
-    for name in _CHOICES:
-        same = summary[name].nunique(dropna=False) == 1
-        if same and first[name] is not None and first[name] != _PLAIN.get(name):
-            settings.append(str(first[name]) if name == "dtype" else f"{name} {first[name]}")
+    settings = [circumstances(summary), f"batch {first['batch_size']}", *_shared_choices(summary)]
     settings.append(f"{first['warmup']} warm-up and {first['steps']} measured steps")
     return f"Time per step: {', '.join(settings)}"
 
 
-def notes_below(summary: pd.DataFrame) -> list[str]:
-    notes = []
-    if summary["noise"].any():
-        disturbed = summary[summary["noise"] != ""]
-        notes.append(
-            f"~ noisy, {len(disturbed)} of {len(summary)} cases: "
-            + "; ".join(f"{_name(row)} ({row['noise']})" for _, row in disturbed.iterrows())
-        )
-    if summary["stale"].any():
-        notes.append("† stale: " + "; ".join(sorted({text for text in summary["stale"] if text})))
-    return notes + [
-        f"{row.size}, context {row.context_length}, {row.phase}: {row.status}, {row.reason}"
-        for row in summary[summary["status"] != "ok"].itertuples()
+def _shared_choices(summary: pd.DataFrame) -> list[str]:
+    """The choices that are the same for all rows and not the plain ones."""
+    first = summary.iloc[0]
+    return [
+        str(first[name]) if name == "dtype" else f"{name} {first[name]}"
+        for name in _CHOICES
+        if summary[name].nunique(dropna=False) == 1 and first[name] is not None and first[name] != _PLAIN.get(name)
     ]
 
 
-def figure(summary: pd.DataFrame) -> Figure:
+def circumstances(summary: pd.DataFrame) -> str:
+    """The machine and what ran on it, as the records tell: `epyc-turin-2c, 2 threads, PyTorch 2.13.0`."""
+    machines, threads, versions = (summary[name].dropna().unique() for name in ("machine", "threads", "torch"))
+    texts = [" and ".join(machines)]
+    if len(threads):
+        texts.append(" or ".join(plural(int(count), "thread") for count in threads))
+    if len(versions):
+        texts.append(f"PyTorch {' and '.join(versions)}")
+    return ", ".join(texts)
+
+
+def notes_below(summary: pd.DataFrame) -> list[str]:
+    """What the marks mean, and why a row has no time."""
+    notes = []
+    noisy, stale = summary[summary["noise"] != ""], summary[summary["stale"] != ""]
+    if len(noisy):
+        texts = [f"{_name(row)} ({row['noise']})" for _, row in noisy.iterrows()]
+        notes.append(f"~ noisy, {len(noisy)} of {len(summary)} cases: {_enumerated(texts)}")
+    if len(stale):
+        notes.append("† stale: " + "; ".join(sorted(set(stale["stale"]))))
+    untimed = summary[summary["status"] != "ok"]
+    for (status, reason), rows in untimed.groupby(["status", "reason"], sort=False, dropna=False):
+        notes.append(f"{status}: {_enumerated([_name(row) for _, row in rows.iterrows()])}: {reason}")
+    return notes
+
+
+def _enumerated(texts: Sequence[str], most: int = 12) -> str:
+    """All of a few; of many the first, and how many more."""
+    return "; ".join(texts[:most]) + (f"; and {len(texts) - most} more" if len(texts) > most else "")
+
+
+def figure(summary: pd.DataFrame) -> Picture:
     """A panel per phase: measured, floor and published time of every size and context, on a logarithmic scale."""
+    return Picture(f"{caption(summary)}; bars from the least to the most", partial(_draw, summary))
+
+
+def _draw(summary: pd.DataFrame) -> Figure:
     from matplotlib.figure import Figure
 
     phases = list(dict.fromkeys(summary["phase"]))
-    most = max((int((summary["phase"] == phase).sum()) for phase in phases), default=1)
-    stacked = most > 8  # many sizes need the whole width each
+    places = list(dict.fromkeys(zip(summary["size"], summary["context_length"], strict=True)))
+    stacked = len(places) > 8  # many sizes need the whole width each
     shape = (max(1, len(phases)), 1) if stacked else (1, max(1, len(phases)))
-    width, height = (max(6.0, 0.45 * most), 2.4 * shape[0]) if stacked else (2.7 * shape[1] + 0.6, 3.0)
+    width, height = (max(6.5, 0.32 * len(places)), 2.2 * shape[0]) if stacked else (2.2 * shape[1] + 0.6, 2.8)
     with figure_style():
-        drawing = Figure(figsize=(width, height + 0.4))
-        panels = drawing.subplots(*shape, sharey=not stacked, squeeze=False).ravel()
+        drawing = Figure(figsize=(width, height))
+        panels = drawing.subplots(*shape, sharex=stacked, sharey=not stacked, squeeze=False).ravel()
         series: dict[str, Any] = {}
         for panel, phase in zip(panels, phases, strict=False):
-            series |= _draw_phase(panel, summary[summary["phase"] == phase])
+            rows = summary[summary["phase"] == phase]
+            for kind, values in enumerate(_kinds(summary)):
+                chosen = rows[(rows[list(values)] == pd.Series(values)).all(axis="columns")] if values else rows
+                series |= _draw_kind(panel, chosen, places, kind, values)
+            logarithmic(panel.yaxis)
+            _name_places(panel, places)
             panel.set_title(phase)
             if stacked or panel is panels[0]:
                 panel.set_ylabel("time per step (ms)")
-        drawing.suptitle(caption(summary), fontsize=9)
+            if not stacked or panel is panels[-1]:
+                panel.set_xlabel("size, context (tokens)")
         drawing.legend(series.values(), series.keys(), loc="outside lower center", ncols=2)
     return drawing
 
 
-def _draw_phase(panel: Any, rows: pd.DataFrame) -> dict[str, Any]:
-    """One panel; returns its series by label."""
-    places = range(len(rows))
+def _name_places(panel: Any, places: list[tuple[str, int]]) -> None:
+    """Context lengths along the axis, and below them each size once, in the middle of its own."""
+    panel.set_xticks(range(len(places)), [str(context) for _, context in places])
+    sizes = list(dict.fromkeys(size for size, _ in places))
+    own = [[place for place, (name, _) in enumerate(places) if name == size] for size in sizes]
+    panel.xaxis.remove_overlapping_locs = False  # a single context stands in the middle itself
+    panel.set_xticks([sum(group) / len(group) for group in own], sizes, minor=True)
+    panel.tick_params(axis="x", labelsize="small" if len(places) > 8 else None)
+    panel.tick_params(axis="x", which="minor", length=0, pad=16)
+    panel.grid(visible=False, axis="x", which="minor")
+    panel.set_xlim(-0.6, len(places) - 0.4)
+
+
+def _kinds(summary: pd.DataFrame) -> list[dict[str, Any]]:
+    """The combinations of choices that differ between rows, one series each: [{}] where none does."""
+    varying = _varying(summary)
+    return list(summary[varying].drop_duplicates().to_dict("records")) if varying else [{}]
+
+
+def _draw_kind(
+    panel: Any, rows: pd.DataFrame, places: list[tuple[str, int]], kind: int, values: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The rows of one combination of choices in one panel; returns its series by label.
+
+    Measured is filled, its floor a dash, published hollow; a further combination has another marker to the right.
+    """
+    if not len(rows):
+        return {}
+    at = [places.index(place) + 0.24 * kind for place in zip(rows["size"], rows["context_length"], strict=True)]
     machine = rows["machine"].iloc[0]
+    chosen = "".join(f", {name} {value}" for name, value in values.items())
+    look = {"color": COLOURS[2 * kind % len(COLOURS)], "markersize": 4.5}
     series = {
-        f"median, and least to most, {machine}": panel.errorbar(
-            places,
+        f"measured median, {machine}{chosen}": panel.errorbar(
+            at,
             rows["median_ms"],
             yerr=(rows["median_ms"] - rows["min_ms"], rows["max_ms"] - rows["median_ms"]),
-            fmt="o",
-            color=MEASURED,
+            fmt=("o", "^", "v", "P")[kind % 4],
             capsize=2,
+            **look,
         ),
-        f"floor, {machine}": panel.plot(places, rows["bound_ms"], "_", color=BOUND, markersize=14, markeredgewidth=2)[
-            0
-        ],
+        f"floor, {machine}": panel.plot(at, rows["bound_ms"], "_", color=BOUND, markersize=9, markeredgewidth=2)[0],
     }
     for column, name, marker, colour in (
         ("a100_ms", A100, "D", PUBLISHED),
         ("h100_ms", H100, "s", PUBLISHED_TOO),
     ):
         if rows[column].notna().any():
-            style = {"color": colour, "markerfacecolor": "none", "linestyle": "none"}
-            series[f"published, {name}"] = panel.plot(places, rows[column], marker, **style)[0]
-    logarithmic(panel.yaxis)
-    panel.set_xticks(places, [f"{row.size}\n{row.context_length}" for row in rows.itertuples()])
-    panel.set_xlim(-0.6, len(rows) - 0.4)
-    panel.set_xlabel("size and context length (tokens)")
+            style = {"color": colour, "markerfacecolor": "none", "linestyle": "none", "markersize": 5}
+            series[f"published, {name}"] = panel.plot(at, rows[column], marker, **style)[0]
     return series
 
 
 def findings(summary: pd.DataFrame) -> Findings:
     """How backward compares with forward, how variable the times are, and how near the floor."""
-    measured = summary[summary["status"] == "ok"]
-    if not len(measured):
+    if not len(summary) or not summary["status"].isin(["ok", "missing"]).any():
         return Findings([Finding("No case was measured: run `python scripts/measure.py transformer_step`.")])
-    sentences = _backward_against_forward(measured)
-    spread = (measured["std_ms"] / measured["mean_ms"]).dropna()
-    if len(spread):
-        sentences.append(
-            Finding.checked(
-                f"The standard deviation is {percent(spread.median())} of the mean in the median case and "
-                f"{percent(spread.max())} at most",
-                bool(spread.median() < 0.05),
-                so=": the times vary little.",
-                but=": these times vary, and want more steps or a quieter machine.",
-            )
-        )
-    floors = measured.dropna(subset=["times_bound"])
-    if len(floors):
-        best, worst = (floors.loc[index()] for index in (floors["times_bound"].idxmin, floors["times_bound"].idxmax))
-        sentences.append(
-            Finding.checked(
-                f"Nearest its floor is {_name(best)}, a median of {number(best['median_ms'])} ms or "
-                f"{number(best['times_bound'], 2)} times the floor; farthest {_name(worst)}, "
-                f"{number(worst['median_ms'])} ms or {number(worst['times_bound'], 2)} times",
-                bool(best["times_bound"] >= 1.0),
-                so=". No time lies below its floor, as it must be.",
-                but=". No time can lie below its floor: this machine was disturbed when its ceilings were measured.",
-            )
-        )
-    return Findings(sentences)
+    two_phases = summary[summary["phase"].isin(["forward", "forward-backward"])]
+    return Findings(
+        [
+            *Finding.from_all(two_phases, "How long backward takes beside forward", _backward_against_forward),
+            *Finding.from_all(summary, "How much the times vary", _variability),
+            *Finding.from_all(summary, "How near their floors the times come", _nearness),
+        ]
+    )
 
 
-def _backward_against_forward(measured: pd.DataFrame) -> list[Finding]:
+def _backward_against_forward(rows: pd.DataFrame) -> Finding | None:
     """Backward is forward-backward minus forward, by medians; it has twice the products of forward."""
+    measured = rows[rows["status"] == "ok"]
     same = ["d_model", "d_ff", "num_layers", "num_heads", "vocab_size", "context_length", "batch_size", *_CHOICES]
     forward = measured[measured["phase"] == "forward"]
     both = measured[measured["phase"] == "forward-backward"]
     pairs = forward.merge(both, on=same, suffixes=("_forward", "_both"))
     if not len(pairs):
-        return []
+        return None
     quiet = pairs[(pairs["noise_forward"] == "") & (pairs["noise_both"] == "")]
     if not len(quiet):
-        return [Finding("How long backward takes beside forward cannot be told: every pair of times is noisy.")]
+        return Finding("How long backward takes beside forward cannot be told: every pair of times is noisy.")
     ratios = (quiet["median_ms_both"] - quiet["median_ms_forward"]) / quiet["median_ms_forward"]
     span = f" (from {number(ratios.min(), 2)} to {number(ratios.max(), 2)})" if len(quiet) > 1 else ""
-    return [
-        Finding.checked(
-            f"Loss and backward take {number(ratios.median(), 2)} times as long as forward, the median of "
-            f"{plural(len(quiet), 'quiet case')}{span}",
-            bool(1.5 <= ratios.median() <= 2.5),
-            so=", about the two times that the products alone predict.",
-            but=", not the two times that the products alone predict.",
+    return Finding.checked(
+        f"Loss and backward take {number(ratios.median(), 2)} times as long as forward, the median of "
+        f"{plural(len(quiet), 'quiet case')}{span}",
+        bool(1.5 <= ratios.median() <= 2.5),
+        so=", about the two times that the products alone predict.",
+        but=", not the two times that the products alone predict.",
+    )
+
+
+def _variability(rows: pd.DataFrame) -> Finding | None:
+    spread = (rows["std_ms"] / rows["mean_ms"]).dropna()
+    if not len(spread):
+        return None
+    return Finding.checked(
+        f"The standard deviation is {percent(spread.median())} of the mean in the median case and "
+        f"{percent(spread.max())} at most",
+        bool(spread.median() < 0.05),
+        so=": the times vary little.",
+        but=": these times vary, and want more steps or a quieter machine.",
+    )
+
+
+def _nearness(rows: pd.DataFrame) -> Finding | None:
+    measured = rows[rows["status"] == "ok"]
+    if not len(measured):
+        return None
+    floors = measured.dropna(subset=["times_bound"])
+    if not len(floors):
+        return Finding(
+            "How near their floors the times come cannot be told: the ceilings of this machine are not all known; "
+            "run `python scripts/measure.py machine_peaks`."
         )
-    ]
+    best, worst = (floors.loc[index()] for index in (floors["times_bound"].idxmin, floors["times_bound"].idxmax))
+    return Finding.checked(
+        f"Nearest its floor is {_name(best)}, a median of {within(best['median_ms'], best['std_ms'])} ms or "
+        f"{number(best['times_bound'], 2)} times the floor; farthest {_name(worst)}, "
+        f"{within(worst['median_ms'], worst['std_ms'])} ms or {number(worst['times_bound'], 2)} times",
+        bool(best["times_bound"] >= 1.0),
+        so=". No time lies below its floor, as it must be.",
+        but=". No time can lie below its floor: this machine was disturbed when its ceilings were measured.",
+    )
 
 
 def _name(row: pd.Series) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from cs336_systems.analysis.published import A100, PUBLISHED_WARMUPS
+from cs336_systems.analysis.published import A100, PUBLISHED_STEPS, PUBLISHED_WARMUPS
 from cs336_systems.bench.report import (
     BOUND,
     COLOURS,
@@ -16,6 +16,7 @@ from cs336_systems.bench.report import (
     Column,
     Finding,
     Findings,
+    Picture,
     Table,
     figure_style,
     logarithmic,
@@ -23,8 +24,9 @@ from cs336_systems.bench.report import (
     percent,
     plural,
     with_deviation,
+    within,
 )
-from cs336_systems.presentation.transformer_step import measured_text, notes_below
+from cs336_systems.presentation.transformer_step import circumstances, measured_text, notes_below
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,11 +40,11 @@ def table(summary: pd.DataFrame) -> Table:
         Column("phase", lambda row: row.phase, "left"),
         Column("warm-ups", lambda row: str(row.warmup)),
         Column("mean ± std (ms)", measured_text),
-        Column("std / mean", lambda row: percent(row.std_ms / row.mean_ms)),
-        Column("median (ms)", lambda row: number(row.median_ms)),
+        Column("std / mean (%)", lambda row: number(100 * row.std_ms / row.mean_ms, 2)),
+        Column("median (ms)", lambda row: within(row.median_ms, row.std_ms)),
         Column("floor (ms)", lambda row: number(row.bound_ms)),
         Column(f"{A100} (ms)", lambda row: with_deviation(row.a100_ms, row.a100_std_ms)),
-        Column(f"{A100} std / mean", lambda row: percent(row.a100_std_ms / row.a100_ms)),
+        Column(f"{A100} std / mean (%)", lambda row: number(100 * row.a100_std_ms / row.a100_ms, 2)),
     ]
     return Table.of(summary, columns, caption=caption(summary), notes=notes_below(summary) if len(summary) else [])
 
@@ -56,9 +58,37 @@ def published(deviations: pd.DataFrame) -> Table:
             Column(f"{plural(count, 'warm-up')} (ms)", partial(_published_time, count=count))
             for count in PUBLISHED_WARMUPS
         ),
-        *(Column(f"std / mean, {count}", partial(_published_share, count=count)) for count in PUBLISHED_WARMUPS),
+        *(Column(f"std / mean, {count} (%)", partial(_published_share, count=count)) for count in PUBLISHED_WARMUPS),
     ]
-    return Table.of(deviations, columns, caption=f"Published: forward on an {A100}, float32, batch 4, 10 steps")
+    return Table.of(
+        deviations, columns, caption=f"Published: forward on an {A100}, float32, batch 4, {PUBLISHED_STEPS} steps"
+    )
+
+
+def published_findings(deviations: pd.DataFrame) -> Findings:
+    """How warm-up changed the deviation that others published."""
+    without, one, five = ((deviations[f"std_ms_{count}"] / deviations[f"mean_ms_{count}"]) for count in (0, 1, 5))
+    extra = PUBLISHED_STEPS * (deviations["mean_ms_0"] - deviations["mean_ms_5"])
+    return Findings(
+        [
+            Finding.checked(
+                f"On an {A100} others found a standard deviation of {percent(without.median())} of the mean without "
+                f"warm-up, {percent(one.median())} after one step and {percent(five.median())} after five, in the "
+                f"median of {len(deviations)} models and contexts",
+                bool(without.median() > 10 * one.median() > 0 and one.median() >= five.median()),
+                so=": one step takes out most of the start.",
+                but=": there, too, warm-up is not all that disturbs the times.",
+            ),
+            Finding.checked(
+                f"By their means without and with warm-up, the first of {PUBLISHED_STEPS} steps took "
+                f"{number(extra.median(), 2)} ms longer than the others (from {number(extra.min(), 2)} to "
+                f"{number(extra.max(), 2)})",
+                bool(extra.max() < 2 * extra.min()),
+                so=", about the same for every model: it is the cost of starting, not of computing.",
+                but=", which differs by model: not all of it is the cost of starting.",
+            ),
+        ]
+    )
 
 
 def _published_time(row: Any, count: int) -> str:
@@ -66,7 +96,7 @@ def _published_time(row: Any, count: int) -> str:
 
 
 def _published_share(row: Any, count: int) -> str:
-    return percent(getattr(row, f"std_ms_{count}") / getattr(row, f"mean_ms_{count}"))
+    return number(100 * getattr(row, f"std_ms_{count}") / getattr(row, f"mean_ms_{count}"), 2)
 
 
 def caption(summary: pd.DataFrame) -> str:
@@ -74,12 +104,16 @@ def caption(summary: pd.DataFrame) -> str:
     if not len(summary):
         return "No records"
     first = summary.iloc[0]
-    shared = f"{first['machine']}, batch {first['batch_size']}, {first['steps']} measured steps"
+    shared = f"{circumstances(summary)}, batch {first['batch_size']}, {first['steps']} measured steps"
     return f"Warm-ups: {shared}, each in a fresh process"
 
 
-def figure(summary: pd.DataFrame) -> Figure:
+def figure(summary: pd.DataFrame) -> Picture:
     """Every step's time by its place in the process, one line per number of warm-ups; hollow steps are warm-ups."""
+    return Picture(caption(summary), partial(_draw, summary))
+
+
+def _draw(summary: pd.DataFrame) -> Figure:
     from matplotlib.figure import Figure
 
     measured = summary[summary["status"] == "ok"]
@@ -105,38 +139,44 @@ def figure(summary: pd.DataFrame) -> Figure:
         handles, labels = panels[0].get_legend_handles_labels()
         if handles:
             drawing.legend(handles, labels, loc="outside right center")
-        drawing.suptitle(caption(measured), fontsize=8)
     return drawing
 
 
 def findings(summary: pd.DataFrame) -> Findings:
     """What the first step costs, and how the deviation falls with warm-ups."""
-    measured = summary[summary["status"] == "ok"].reset_index(drop=True)
-    if not len(measured):
+    if not len(summary) or not summary["status"].isin(["ok", "missing"]).any():
         return Findings([Finding("No case was measured: run `python scripts/measure.py warmup`.")])
-    sentences = []
-    firsts = [times[0] / statistics.median(times[1:]) for times in measured["steps_ms"] if len(times) > 1]
-    if firsts:
-        first = statistics.median(firsts)
-        sentences.append(
-            Finding.checked(
-                f"The first step of a process takes {number(first, 2)} times the median of its later steps (median of "
-                f"{len(firsts)} {'process' if len(firsts) == 1 else 'processes'})",
-                first > 1.2,
-                so=": it pays once for loading kernels, creating handles and touching memory for the first time.",
-                but=": of what it pays once, nothing is to be seen here.",
-            )
-        )
-    spread = (measured["std_ms"] / measured["mean_ms"]).groupby(measured["warmup"]).median()
-    if 0 in spread.index and len(spread) > 1:
-        warm = spread.drop(0)
-        sentences.append(
-            Finding.checked(
-                f"Without warm-up the standard deviation is {percent(spread[0])} of the mean; "
-                + ", ".join(f"after {plural(int(count), 'warm-up')} {percent(share)}" for count, share in warm.items()),
-                bool(spread[0] > warm.max()),
-                so=": warm-up steps keep the start out of the numbers.",
-                but=": here something else disturbed the steps more than the start does.",
-            )
-        )
-    return Findings(sentences)
+    return Findings(
+        [
+            *Finding.from_all(summary, "What the first step of a process costs", _first_step),
+            *Finding.from_all(summary, "What warm-up does to the deviation", _deviation),
+        ]
+    )
+
+
+def _first_step(rows: pd.DataFrame) -> Finding | None:
+    firsts = [times[0] / statistics.median(times[1:]) for times in rows["steps_ms"] if len(times) > 1]
+    if not firsts:
+        return None
+    first = statistics.median(firsts)
+    return Finding.checked(
+        f"The first step of a process takes {number(first, 2)} times the median of its later steps (median of "
+        f"{len(firsts)} {'process' if len(firsts) == 1 else 'processes'})",
+        first > 1.2,
+        so=": it pays once for loading kernels, creating handles and touching memory for the first time.",
+        but=": of what it pays once, nothing is to be seen here.",
+    )
+
+
+def _deviation(rows: pd.DataFrame) -> Finding | None:
+    spread = (rows["std_ms"] / rows["mean_ms"]).groupby(rows["warmup"]).median().dropna()
+    if 0 not in spread.index or len(spread) < 2:
+        return None
+    warm = spread.drop(0)
+    return Finding.checked(
+        f"Without warm-up the standard deviation is {percent(spread[0])} of the mean; "
+        + ", ".join(f"after {plural(int(count), 'warm-up')} {percent(share)}" for count, share in warm.items()),
+        bool(spread[0] > warm.max()),
+        so=": warm-up steps keep the start out of the numbers.",
+        but=": here something else disturbed the steps more than the start does.",
+    )

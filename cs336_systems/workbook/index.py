@@ -13,6 +13,7 @@ from typing import Any
 
 from cs336_systems.bench.report import MISSING
 from cs336_systems.errors import UserError, unknown_name
+from cs336_systems.model import SIZES
 from cs336_systems.repository import MARKER, repository_root
 
 YEARS = ("2025", "2026")
@@ -49,11 +50,33 @@ class Notebook:
 
 
 @dataclasses.dataclass(frozen=True)
+class Handout:
+    """One published form of the assignment."""
+
+    year: str
+    version: str
+    sizes: Mapping[str, str]
+    """What it calls the sizes it asks for, by this workbook's names of them."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Index:
     """All problems and notebooks, in the handouts' order."""
 
     problems: Mapping[str, Problem]
     notebooks: Mapping[str, Notebook]
+    handouts: Mapping[str, Handout] = dataclasses.field(default_factory=dict)
+    """By year."""
+
+    def handout(self, year: str) -> Handout:
+        """The handout of a year; one of another year is an error that lists the known."""
+        if year not in self.handouts:
+            raise unknown_name("year", year, self.handouts)
+        return self.handouts[year]
+
+    def problems_of(self, year: str | None) -> list[Problem]:
+        """What the handout of `year` asks, in its order; without a year, everything."""
+        return [problem for problem in self.problems.values() if year is None or year in problem.points]
 
     def notebooks_there(self) -> list[Notebook]:
         return [notebook for notebook in self.notebooks.values() if notebook.path.is_file()]
@@ -90,7 +113,17 @@ def load_index(path: Path | None = None) -> Index:
     notebooks = {
         name: _entry(Notebook, {"name": name}, entry, path) for name, entry in _section(content, "notebooks", path)
     }
+    handouts = {
+        year: _entry(Handout, {"year": year}, entry, path)
+        for year, entry in (_section(content, "handouts", path) if "handouts" in content else [])
+    }
     problems = {name: _entry(Problem, {"id": name}, entry, path) for name, entry in _section(content, "problems", path)}
+    for handout in handouts.values():
+        if handout.year not in YEARS:
+            raise unknown_name("year", handout.year, YEARS, where=f"of [handouts] in {path}")
+        for size in handout.sizes:
+            if size not in SIZES:
+                raise unknown_name("size", size, SIZES, where=f"of handouts.{handout.year} in {path}")
     for problem in problems.values():
         if problem.state not in STATES:
             raise unknown_name("state", problem.state, STATES, where=f"of {problem.id} in {path}")
@@ -103,7 +136,7 @@ def load_index(path: Path | None = None) -> Index:
                 raise unknown_name("year", year, YEARS, where=f"of {problem.id} in {path}")
             if not isinstance(points, int) or isinstance(points, bool):
                 raise UserError(f"{path}: points of {problem.id} in {year} must be a whole number, found {points!r}")
-    return Index(problems, notebooks)
+    return Index(problems, notebooks, handouts)
 
 
 def _section(content: dict[str, Any], name: str, path: Path) -> list[tuple[str, Any]]:
@@ -134,12 +167,10 @@ def points_text(problem: Problem, year: str) -> str:
 
 
 def readme_index(index: Index) -> str:
-    """The index as the README has it: a Markdown table with links, between its two markers."""
+    """The index as the README has it: a Markdown table with links."""
     lines = [
-        README_BEGIN,
-        "",
-        "| problem | 2025 | 2026 | notebook | code | tests | state |",
-        "| --- | ---: | ---: | --- | --- | --- | --- |",
+        "| problem | 2025 | 2026 | notebook | code | tests | writeup | state |",
+        "| --- | ---: | ---: | --- | --- | --- | --- | --- |",
     ]
     for problem in index.problems.values():
         notebook = index.notebooks[problem.notebook]
@@ -152,14 +183,28 @@ def readme_index(index: Index) -> str:
             shown,
             _links(problem.code),
             _links(problem.tests),
+            f"[section](writeup/writeup.md#{problem.id})" if problem.state == "built" else MISSING,
             problem.state,
         )
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", README_END])
+    return "\n".join(lines)
 
 
 def _links(paths: tuple[str, ...]) -> str:
     return ", ".join(f"[{Path(path).stem}]({path})" for path in paths) or MISSING
+
+
+def between_markers(text: str, begin: str, end: str, content: str) -> str:
+    """`text` with `content` between two of its lines, in the place of whatever stood there.
+
+    Raises:
+        UserError: the markers are missing.
+    """
+    before, found_begin, rest = text.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not found_begin or not found_end:
+        raise UserError(f"the README lacks the lines {begin!r} and {end!r} around what is generated")
+    return f"{before}{begin}\n\n{content.strip()}\n\n{end}{after}"
 
 
 def with_readme_index(readme: str, index: Index) -> str:
@@ -168,8 +213,4 @@ def with_readme_index(readme: str, index: Index) -> str:
     Raises:
         UserError: the markers are missing.
     """
-    before, begin, rest = readme.partition(README_BEGIN)
-    _, end, after = rest.partition(README_END)
-    if not begin or not end:
-        raise UserError(f"the README lacks the lines {README_BEGIN!r} and {README_END!r} around the index")
-    return before + readme_index(index) + after
+    return between_markers(readme, README_BEGIN, README_END, readme_index(index))

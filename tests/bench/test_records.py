@@ -17,7 +17,6 @@ from cs336_systems.bench.records import (
     case_key,
     newest_good,
     read_lines,
-    write_atomically,
 )
 from cs336_systems.errors import UserError, WorkbookWarning
 
@@ -216,16 +215,6 @@ def test_an_unknown_reference_table_lists_the_known_ones(store: Store) -> None:
     assert len(store.reference("e2e_forward_a100")) == 15
     with pytest.raises(UserError, match="did you mean 'e2e_forward_a100'"):
         store.reference("e2e_forward_a10")
-
-
-def test_an_atomic_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
-    target = tmp_path / "file"
-    write_atomically(target, b"old")
-    blocked = target / "below a file"
-    with pytest.raises(UserError, match="cannot write"):
-        write_atomically(blocked, b"new")
-    assert target.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [target]
 
 
 def test_the_environment_moves_the_local_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,346 @@
+"""The writeup as a text: Jinja2 templates whose tables, figures and numbers come from the records.
+
+    writeup/templates/writeup.md            the whole; one section per problem, in the handouts' order
+    writeup/templates/problems/<id>.md      the section of a problem that is built
+    writeup/templates/headline.md           the head of the README
+
+A template asks for evidence, `<% for here in machines("warmup") %>`, and shows it: `<< here.table() >>`,
+`<< here.findings() >>`. A sentence with numbers of its own stands in `<% sentence %> … <% endsentence %>` and takes
+them by `here.case(size="small", …)`: where the record is missing, the whole sentence becomes a statement of what to
+run. Undefined names, unknown experiments and references to what is not shown are errors that name file and line.
+
+The delimiters `<< >>` and `<% %>` leave `{#…}` to pandoc. What comes out is a `Draft`: Markdown in which tables,
+figures and references still are marks, since GitHub, HTML and Typst each want them written otherwise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import pandas as pd
+
+from cs336_systems.bench import report
+from cs336_systems.bench.records import Store
+from cs336_systems.bench.report import Finding, Findings, Picture, Table
+from cs336_systems.errors import UserError, first_line
+from cs336_systems.experiments import load_experiment
+from cs336_systems.presentation import load_presentation
+from cs336_systems.repository import repository_root
+from cs336_systems.workbook.evidence import Archive, Evidence, Unmeasured
+from cs336_systems.workbook.index import Handout, Index, Problem
+
+if TYPE_CHECKING:
+    import jinja2
+
+Flavour = Literal["github", "html", "typst"]
+
+
+def templates_folder() -> Path:
+    return repository_root() / "writeup" / "templates"
+
+
+# A mark is a private-use character, an id, and another such character: nothing that a text could hold by accident.
+_BLOCK, _REFERENCE, _END = "\ue000", "\ue001", "\ue002"
+_BLOCK_MARK = re.compile(f"{_BLOCK}([^{_END}]*){_END}")
+_REFERENCE_MARK = re.compile(f"{_REFERENCE}([^{_END}]*){_END}")
+_HEADING_ID = re.compile(r"^(#+ .*?) *\{#([\w:.-]+)\} *$", flags=re.MULTILINE)
+_SPAN_ID = re.compile(r"\[([^\]]+)\]\{#([\w:.-]+)\}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Draft:
+    """A document before it is written for one reader or another."""
+
+    text: str
+    blocks: Mapping[str, Table | Picture]
+    """By id, in the order of their numbers: `tbl-…` and `fig-…`."""
+
+    @property
+    def tables(self) -> dict[str, Table]:
+        return {name: block for name, block in self.blocks.items() if isinstance(block, Table)}
+
+    @property
+    def pictures(self) -> dict[str, Picture]:
+        return {name: block for name, block in self.blocks.items() if isinstance(block, Picture)}
+
+    def label(self, name: str) -> str:
+        """`Table 3` or `Figure 1`: tables and figures are numbered apart, as they first appear."""
+        kind, group = ("Table", self.tables) if name in self.tables else ("Figure", self.pictures)
+        return f"{kind} {list(group).index(name) + 1}"
+
+    def markdown(self, flavour: Flavour, figures: str) -> str:
+        """The text for GitHub, or for pandoc on the way to HTML or Typst; figures are files in the folder `figures`."""
+        text = _BLOCK_MARK.sub(lambda mark: self._written(mark[1], flavour, figures), self.text)
+        text = _REFERENCE_MARK.sub(lambda mark: f"[{self.label(mark[1])}](#{mark[1]})", text)
+        if flavour == "github":  # which shows `{#id}` as it stands
+            text = _HEADING_ID.sub(r'<a id="\2"></a>\n\n\1', text)
+            text = _SPAN_ID.sub(r'<a id="\2"></a>\1', text)
+        return text
+
+    def _written(self, name: str, flavour: Flavour, figures: str) -> str:
+        block = self.blocks[name]
+        caption = f"**{self.label(name)}.** {block.caption}"
+        file = f"{figures}/{name.removeprefix('fig-')}.svg"
+        if isinstance(block, Picture):
+            if flavour == "github":
+                return f'<a id="{name}"></a>\n\n![{block.caption}]({file})\n\n{caption}'
+            return f"![{caption}]({file}){{#{name}}}"
+        if flavour == "github":
+            notes = "".join(f"\n\n{note}" for note in block.notes)
+            return f'<a id="{name}"></a>\n\n{caption}\n\n{block.pipe_table()}{notes}'
+        style = "typst:text:size=0.8em" if flavour == "typst" else ".note"
+        notes = "".join(f"\n\n::: {{{style}}}\n{note}\n:::" for note in block.notes)
+        rows = block.pipe_table()
+        if flavour == "typst":  # on paper a quantity or a compound stays on one line, and its heading wraps instead
+            rows = re.sub(r"(?<=\d) ± ", "\u00a0±\u00a0", re.sub(r"(?<=\w)-(?=\w)", "\u2011", rows))
+        return f"::: {{#{name} .table}}\n{rows}\n\n: {caption}\n:::{notes}"
+
+
+class _Blocks:
+    """Tables and figures as a template shows them; each gets a mark in the text."""
+
+    def __init__(self) -> None:
+        self.shown: dict[str, Table | Picture] = {}
+
+    def show(self, name: str, content: Table | Picture | Finding | Findings) -> str:
+        """The mark of a table or figure called `name`, or the sentences themselves.
+
+        Raises:
+            UserError: another of that kind has the name.
+        """
+        if isinstance(content, Finding | Findings):
+            return str(content)
+        known = f"{'tbl' if isinstance(content, Table) else 'fig'}-{name}"
+        if known in self.shown:
+            raise UserError(f"two tables or figures are called {known!r}: give one another name")
+        self.shown[known] = content
+        return f"{_BLOCK}{known}{_END}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Exhibit:
+    """One machine's evidence as a template sees it; `problem` is part of the names of what it shows."""
+
+    evidence: Evidence
+    problem: str
+    _blocks: _Blocks
+
+    @property
+    def machine(self) -> str:
+        return self.evidence.machine
+
+    @property
+    def title(self) -> str:
+        return f"{self.machine}, {self.evidence.origin}"
+
+    @property
+    def beyond(self) -> int:
+        return self.evidence.beyond
+
+    @property
+    def measured(self) -> int:
+        """How many of the cases have a time."""
+        return int(self.evidence.shown["status"].eq("ok").sum()) if len(self.evidence.shown) else 0
+
+    @property
+    def name(self) -> str:
+        return f"{self.problem}-{self.evidence.experiment}-{self.evidence.name}"
+
+    def where(self, **fields: Any) -> Exhibit:
+        """The part of the evidence whose columns have these values, where a problem asks for a part of a grid."""
+        return dataclasses.replace(self, evidence=self.evidence.where(**fields))
+
+    def table(self, function: str = "table") -> str:
+        """The table that the experiment's presentation makes of this evidence."""
+        if not len(self.evidence.shown):
+            return f"{self.machine} is asked for no case of this handout."
+        return self._blocks.show(self.name, self._present(function))
+
+    def figure(self, function: str = "figure") -> str:
+        """Its figure, or why there is none to draw."""
+        if not self.measured:
+            return f"There is nothing to draw: no case of this grid is measured on {self.machine}."
+        return self._blocks.show(self.name, self._present(function))
+
+    def findings(self, function: str = "findings") -> str:
+        return str(self._present(function))
+
+    def _present(self, function: str) -> Any:
+        return getattr(load_presentation(self.evidence.experiment), function)(self.evidence.shown)
+
+    def case(self, **fields: Any) -> Any:
+        """The one row with these values; see `Evidence.case`."""
+        return self.evidence.case(**fields)
+
+    def ref(self, kind: Literal["tbl", "fig"]) -> str:
+        """`Table 3` with a link, for this evidence's table or figure."""
+        return f"{_REFERENCE}{kind}-{self.name}{_END}"
+
+
+def draft(
+    archive: Archive,
+    store: Store,
+    index: Index,
+    *,
+    folder: Path,
+    template: str = "writeup.md",
+    handout: Handout | None = None,
+    pages: Mapping[str, Path] | None = None,
+    templates: Path | None = None,
+) -> Draft:
+    """Render `template` with what `archive` holds.
+
+    Args:
+        folder: where the document will lie; its links are relative to that.
+        handout: the year's handout to answer; None for both years and the neighbouring systems.
+        pages: executed notebooks as HTML, by notebook; the others are linked as they are in notebooks/.
+
+    Raises:
+        UserError: Jinja2 is missing, or the template is at fault; the message names file and line.
+    """
+    templates = templates or templates_folder()
+    blocks = _Blocks()
+    environment = _environment(templates)
+    problems = index.problems_of(handout.year if handout else None)
+
+    def machines(experiment: str, problem: str) -> list[Exhibit]:
+        return [Exhibit(evidence, problem, blocks) for evidence in archive.machines(experiment)]
+
+    def together(experiment: str, **fields: Any) -> pd.DataFrame:
+        """The rows of all machines that have these values; machines stay apart by their column."""
+        rows = [evidence.shown for evidence in archive.machines(experiment)]
+        joined = pd.concat(rows, ignore_index=True) if rows else pd.DataFrame()
+        for name, value in fields.items():
+            joined = joined[joined[name] == value] if len(joined) else joined
+        return joined
+
+    def link(path: str, text: str | None = None) -> str:
+        target = repository_root() / path
+        if not target.exists():
+            raise UserError(f"there is no {path} to link to")
+        return f"[{text or Path(path).name}]({_relative(target, folder)})"
+
+    def notebook(problem: Problem) -> str:
+        known = index.notebooks[problem.notebook]
+        return f"[{known.title}]({_relative((pages or {}).get(known.name, known.path), folder)})"
+
+    environment.globals |= {
+        **{name: getattr(report, name) for name in ("number", "percent", "plural", "with_deviation", "within")},
+        "experiment": load_experiment,
+        "handout": handout,
+        "handouts": index.handouts,
+        "index": index,
+        "len": len,
+        "link": link,
+        "machines": machines,
+        "notebook": notebook,
+        "presentation": load_presentation,
+        "problems": problems,
+        "ref": lambda name: f"{_REFERENCE}{name}{_END}",
+        "show": blocks.show,
+        "store": store,
+        "together": together,
+    }
+    text = _rendered(environment, template, templates)
+    text = re.sub(r"\n{3,}", "\n\n", text.strip()) + "\n"
+    numbered = {mark[1]: blocks.shown[mark[1]] for mark in _BLOCK_MARK.finditer(text)}
+    for mark in _REFERENCE_MARK.finditer(text):
+        if mark[1] not in numbered:
+            raise UserError(
+                f"{_where_named(mark[1], templates)} refers to {mark[1]!r}, which is not shown: "
+                f"{', '.join(numbered) or 'no table or figure'} can be referred to"
+            )
+    return Draft(text, numbered)
+
+
+def _relative(target: Path, folder: Path) -> str:
+    return Path(os.path.relpath(target, folder)).as_posix()
+
+
+def _environment(templates: Path) -> jinja2.Environment:
+    try:
+        import jinja2
+        from jinja2 import nodes
+        from jinja2.ext import Extension
+    except ImportError as error:
+        raise UserError(f"the writeup needs Jinja2 ({error}): pip install -e '.[writeup]'") from error
+
+    class Sentence(Extension):
+        """`<% sentence %> … <% endsentence %>`: the sentence, or what to run for the number that it lacks."""
+
+        tags = {"sentence"}  # noqa: RUF012 (Jinja2's own interface)
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endsentence",), drop_needle=True)
+            return nodes.CallBlock(self.call_method("_said"), [], [], body).set_lineno(line)
+
+        @staticmethod
+        def _said(caller: Callable[[], str]) -> str:
+            try:
+                return caller()
+            except Unmeasured as missing:
+                return f"Not known yet: {missing}."
+
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(templates),
+        variable_start_string="<<",
+        variable_end_string=">>",
+        block_start_string="<%",
+        block_end_string="%>",
+        comment_start_string="<#",
+        comment_end_string="#>",
+        undefined=jinja2.StrictUndefined,
+        autoescape=False,  # Markdown
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        extensions=[Sentence],
+    )
+
+
+def _rendered(environment: jinja2.Environment, template: str, templates: Path) -> str:
+    import jinja2
+
+    try:
+        return environment.get_template(template).render()
+    except jinja2.TemplateSyntaxError as error:
+        raise UserError(f"{error.name or template}, line {error.lineno}: {error.message}") from error
+    except jinja2.TemplateNotFound as error:
+        raise UserError(f"{_place(error, templates) or templates}: there is no template {error.name}") from error
+    except Unmeasured as error:
+        raise UserError(
+            f"{_place(error, templates)}: {error}. Put the sentence between <% sentence %> and <% endsentence %>"
+        ) from error
+    except UserError as error:
+        place = _place(error, templates)
+        raise UserError(f"{place}: {error}" if place else str(error)) from error
+    except (jinja2.TemplateError, TypeError, AttributeError, LookupError, ValueError) as error:
+        place, arose_in = _place(error, templates), Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        if place is None or not (arose_in.is_relative_to(templates) or "jinja2" in arose_in.parts):
+            raise  # a fault of the package's code, not of a template
+        raise UserError(f"{place}: {first_line(error)}") from error
+
+
+def _place(error: BaseException, templates: Path) -> str | None:
+    """`problems/warmup.md, line 3`: the innermost template that the error passed through; None outside of any."""
+    frames = traceback.extract_tb(error.__traceback__)
+    inside = [frame for frame in frames if Path(frame.filename).is_relative_to(templates)]
+    return f"{Path(inside[-1].filename).relative_to(templates)}, line {inside[-1].lineno}" if inside else None
+
+
+def _where_named(reference: str, templates: Path) -> str:
+    """The template and line that name `reference`; of a name that was put together, the section it begins with."""
+    for path in sorted(templates.rglob("*.md")):
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            if reference in line:
+                return f"{path.relative_to(templates)}, line {number},"
+        if reference.partition("-")[2].startswith(f"{path.stem}-"):
+            return str(path.relative_to(templates))
+    return "a template"
