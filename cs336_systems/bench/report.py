@@ -281,7 +281,8 @@ def logarithmic(axis: Any) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
-    low, high = axis.get_data_interval()
+    axis.axes.autoscale_view()
+    low, high = axis.get_view_interval()  # of all panels that share the axis
     within_a_decade = low > 0 and high / low < 10
     axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 8) if within_a_decade else (1, 2, 5)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))

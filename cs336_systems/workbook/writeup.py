@@ -172,7 +172,10 @@ class Exhibit:
         return str(self._present(function))
 
     def _present(self, function: str) -> Any:
-        return getattr(load_presentation(self.evidence.experiment), function)(self.evidence.shown)
+        content = getattr(load_presentation(self.evidence.experiment), function)(self.evidence.shown)
+        if self.evidence.origin == "published" or not isinstance(content, Table | Picture):
+            return content
+        return dataclasses.replace(content, caption=f"{content.caption} (this checkout)")
 
     def case(self, **fields: Any) -> Any:
         """The one row with these values; see `Evidence.case`."""
@@ -286,7 +289,7 @@ def _environment(templates: Path) -> jinja2.Environment:
             try:
                 return caller()
             except Unmeasured as missing:
-                return f"Not known yet: {missing}."
+                return f"Not known yet: {missing}.\n"
 
     return jinja2.Environment(
         loader=jinja2.FileSystemLoader(templates),
