@@ -6,5 +6,6 @@ The rooms, from the ground up:
 - `analysis/`: what a step must cost (FLOPs, bytes, roofline), and what hardware can do.
 - `bench/`: how to measure anything (grid, timing, memory, records, report); it knows nothing of models.
 - `experiments/`: one measured thing each, where the two meet.
-- `workbook/`: notebooks, profiles and the problem index.
+- `presentation/`: what they summarise as tables, figures and sentences.
+- `workbook/`: notebooks, profiles, the problem index and the writeup.
 """

@@ -90,11 +90,11 @@ def _html(draft: Draft, folder: Path) -> str:
 def _pdf(draft: Draft, folder: Path, font: str) -> bytes:
     source = _pandoc(draft.markdown("typst", _FIGURES), "typst", "page.typ", folder, "--variable", f"mainfont={font}")
     (folder / "main.typ").write_text(source, encoding="utf-8")
-    return _typeset(folder / "main.typ")
+    return _typeset(folder / "main.typ", system_fonts=font != FONT)
 
 
-def _typeset(source: Path) -> bytes:
-    """The PDF of a Typst file.
+def _typeset(source: Path, *, system_fonts: bool) -> bytes:
+    """The PDF of a Typst file; without the system's fonts it is the same on every machine.
 
     Raises:
         UserError: Typst cannot set it, or warns of something, such as a font that is missing: it would take another.
@@ -103,7 +103,7 @@ def _typeset(source: Path) -> bytes:
 
     try:
         content, warnings = typst.compile_with_warnings(
-            source, root=source.parent, format="pdf", ignore_system_fonts=False
+            source, root=source.parent, format="pdf", ignore_system_fonts=not system_fonts
         )
     except typst.TypstError as error:
         raise UserError(f"Typst cannot set the PDF: {_told(error)}") from error

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import itertools
-from pathlib import Path
+import re
+import xml.etree.ElementTree as ET
 
 import pandas as pd
 import pytest
@@ -15,6 +17,7 @@ from cs336_systems.bench.report import (
     Column,
     Finding,
     Findings,
+    Picture,
     Table,
     bytes_in_words,
     figure_style,
@@ -22,12 +25,14 @@ from cs336_systems.bench.report import (
     number,
     percent,
     plural,
-    save_figure,
     seconds_in_words,
     with_deviation,
+    within,
 )
 
 NAN = float("nan")
+# What stands in the place of a digit, of a point or comma, and of a space.
+DIGIT, POINT, SPACE = "\u2007", "\u2008", "\u00a0"
 
 
 @pytest.mark.parametrize(
@@ -51,6 +56,17 @@ def test_a_number_has_three_significant_digits(value: float, text: str) -> None:
 )
 def test_a_mean_is_rounded_by_its_deviation(mean: float, std: float, text: str) -> None:
     assert with_deviation(mean, std) == text
+
+
+@pytest.mark.parametrize(("mean", "std"), [(40.4321, 0.3149), (1234.5, 36.0), (0.5, 12.0), (2.5, NAN), (NAN, 0.1)])
+def test_a_value_within_its_deviation_is_written_as_in_front_of_it(mean: float, std: float) -> None:
+    assert within(mean, std) == with_deviation(mean, std).partition(" ± ")[0]
+
+
+def test_what_lies_below_the_deviation_of_a_value_is_not_written() -> None:
+    assert [within(1234.5678, std) for std in (250.0, 1.5, 0.015)] == ["1,235", "1,234.6", "1,234.568"]
+    assert within(2.5, NAN) == number(2.5)
+    assert within(None, 0.1) == within(NAN, 0.1) == MISSING
 
 
 def test_units_are_chosen_by_size() -> None:
@@ -80,9 +96,9 @@ def test_a_table_is_aligned_markdown_and_leaves_empty_columns_out() -> None:
         "**Times**",
         "",
         "| name | time (ms) |",
-        "| ---- | --------: |",
+        "| :--- | --------: |",
         "| a    |      1.00 |",
-        r"| b\|c |       200 |",
+        rf"| b\|c |    200{POINT}{DIGIT}{DIGIT} |",
         "",
         "a note",
     ]
@@ -94,12 +110,107 @@ def test_a_table_without_rows_is_still_a_table() -> None:
     assert "**None**" in str(table)
 
 
+def test_the_pipe_table_is_the_text_without_caption_and_notes() -> None:
+    columns = [Column("name", lambda row: row.name, "left"), Column("time (ms)", lambda row: number(row.time))]
+    table = Table.of(rows(), columns, caption="Times", notes=["a note", "another"])
+    assert str(table) == f"**Times**\n\n{table.pipe_table()}\n\na note\n\nanother"
+
+
+def column_of(*texts: str, align: str = "right") -> list[str]:
+    """The cells of a column of these texts, as a table holds them, padded to the width of the column."""
+    summary = pd.DataFrame({"text": list(texts)})
+    lines = Table.of(summary, [Column("x", lambda row: row.text, align)], caption="").pipe_table().splitlines()
+    return [line.removeprefix("| ").removesuffix(" |") for line in lines[2:]]
+
+
+def as_plain(cell: str) -> str:
+    """A cell with ordinary characters in the place of the blanks that are as wide as they."""
+    return cell.replace(DIGIT, " ").replace(POINT, " ").replace(SPACE, " ")
+
+
+def points_of(cell: str) -> list[int]:
+    """Where the figures of a cell have their point, or would have it."""
+    figures = re.finditer(r"[\d,]+(\.\d+)?", as_plain(cell))
+    return [figure.start(1) if figure[1] else figure.end() for figure in figures]
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ("1.00", "200", "0.00123", "1,234", "12.5"),
+        ("40.43 ± 0.31", "1,234 ± 36", "0.5123 ± 0.0012", "1,234,567.8 ± 1,200.0"),
+        ("40.43 ± 0.31", "2.50", "1,234"),
+        ("40.43 ± 0.31 ~", "1,234 ± 36 †", "9.1 ± 1.1 ~ †", "2.50 ~", "7.0 ± 2.0"),
+        ("3.2", "oom", "10.25", MISSING, "missing"),
+    ],
+    ids=["numbers", "with deviations", "some without", "with marks", "with statuses"],
+)
+def test_decimal_points_stand_below_one_another(texts: tuple[str, ...]) -> None:
+    cells = column_of(*texts)
+    quantities = [points_of(cell) for cell in cells if re.search(r"\d", cell)]
+    assert len({points[0] for points in quantities}) == 1
+    assert len({points[1] for points in quantities if len(points) > 1}) <= 1
+    assert len({len(cell) for cell in cells}) == 1
+    # Nothing but blanks was added: neither a figure nor a mark was lost or moved.
+    assert [as_plain(cell).split() for cell in cells] == [text.split() for text in texts]
+
+
+def test_blanks_are_as_wide_as_what_they_stand_for() -> None:
+    """A digit's blank below a digit, a point's below a point: in a proportional font they differ in width."""
+    for texts in (("0.00123", "7"), ("40.43 ± 0.31", "2"), ("1.0 ± 1,200.5", "1.0 ± 3"), ("2.5 ~ †", "2.5")):
+        longest, padded = column_of(*texts)
+        for above, below in zip(longest, padded, strict=True):
+            if below in (DIGIT, POINT, SPACE):
+                expected = POINT if above in ".," else SPACE if above in " \u00a0" else DIGIT
+                assert below == expected, (above, texts)
+
+
+@pytest.mark.parametrize("text", ["oom", "missing", MISSING, "failed", "1.5 GiB", "12 %", "reference"])
+def test_what_is_no_quantity_stays_as_it_is(text: str) -> None:
+    assert column_of(text, "12.345")[0].strip(" ") == text
+    assert [cell.strip(" ") for cell in column_of("1.5 ± 0.1 ~", text, text)[1:]] == [text] * 2
+
+
+def test_a_column_of_names_has_no_blanks_put_in() -> None:
+    assert column_of("1.5", "20", align="left") == ["1.5", "20 "]
+
+
 def test_what_a_finding_says_beside_its_numbers_depends_on_them() -> None:
     wordings = {"so": ", as expected.", "but": ", which was not expected."}
     assert str(Finding.checked("Twice", True, **wordings)) == "Twice, as expected."
     assert str(Finding.checked("Twice", False, **wordings)) == "Twice, which was not expected."
     assert str(Findings([Finding("One."), Finding("Two.")])) == "- One.\n- Two."
     assert [plural(count, "case") for count in (1, 2)] == ["1 case", "2 cases"]
+
+
+def records(*reasons: str | None) -> pd.DataFrame:
+    """A row per record; one with a reason is missing."""
+    statuses = ["ok" if reason is None else "missing" for reason in reasons]
+    return pd.DataFrame({"status": statuses, "reason": reasons, "time": range(len(reasons))})
+
+
+def sum_of(rows: pd.DataFrame) -> Finding | None:
+    return Finding(f"The sum is {rows['time'].sum()}.") if len(rows) > 1 else None
+
+
+def test_a_sentence_about_all_records_is_said_where_all_are_there() -> None:
+    assert Finding.from_all(records(None, None, None), "The sum", sum_of) == [Finding("The sum is 3.")]
+
+
+def test_one_missing_record_turns_a_sentence_into_what_to_run() -> None:
+    (finding,) = Finding.from_all(records(None, "run `a`", None), "The sum", sum_of)
+    assert str(finding) == "The sum cannot be told: no record of 1 of 3 cases; run `a`."
+    assert finding.holds is None
+
+
+def test_what_to_run_for_several_missing_records_is_said_once() -> None:
+    (finding,) = Finding.from_all(records("run `a`", "run `b`", "run `a`"), "The sum", sum_of)
+    assert str(finding) == "The sum cannot be told: no record of 3 of 3 cases; run `a`; run `b`."
+
+
+def test_a_sentence_that_has_nothing_to_say_is_none() -> None:
+    assert Finding.from_all(records(None), "The sum", sum_of) == []
+    assert Finding.from_all(records(), "The sum", sum_of) == []
 
 
 def figure() -> Figure:
@@ -112,12 +223,57 @@ def figure() -> Figure:
     return drawing
 
 
-def test_the_same_figure_gives_the_same_bytes_as_svg_and_png(tmp_path: Path) -> None:
-    first = [path.read_bytes() for path in save_figure(figure(), tmp_path / "one" / "figure")]
-    second = [path.read_bytes() for path in save_figure(figure(), tmp_path / "two" / "figure")]
-    assert first == second
-    assert first[0].startswith(b"<?xml")
-    assert first[1].startswith(b"\x89PNG")
+CAPTION = 'Times <fast> & "slow"'
+
+
+def test_the_same_figure_gives_the_same_bytes_as_svg_and_png() -> None:
+    one, two = Picture(CAPTION, figure), Picture(CAPTION, figure)
+    assert (one.svg(), one.png()) == (one.svg(), one.png()) == (two.svg(), two.png())
+
+
+def test_a_picture_is_well_formed_svg_titled_by_its_caption_or_png() -> None:
+    picture = Picture(CAPTION, figure)
+    root = ET.fromstring(picture.svg())
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    assert CAPTION in [element.text for element in root.iter("{http://purl.org/dc/elements/1.1/}title")]
+    assert picture.png().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_the_text_of_a_picture_is_outlines_and_nothing_is_fetched_for_it() -> None:
+    svg = Picture(CAPTION, figure).svg()
+    assert b"<text" not in svg
+    assert b"font-face" not in svg
+    references = re.findall(rb'href="([^"]*)"', svg)
+    assert references
+    assert [reference for reference in references if not reference.startswith(b"#")] == []
+
+
+def test_jupyter_gets_the_svg_with_the_caption_escaped_below_it_and_a_console_the_caption() -> None:
+    picture = Picture(CAPTION, figure)
+    bundle = picture._repr_mimebundle_()
+    source = re.search(r'src="data:image/svg\+xml;base64,([^"]+)"', bundle["text/html"])
+    assert source is not None
+    assert base64.b64decode(source[1]) == picture.svg()
+    escaped = "Times &lt;fast&gt; &amp; &quot;slow&quot;"
+    assert f"<figcaption>{escaped}</figcaption>" in bundle["text/html"]
+    assert f'alt="{escaped}"' in bundle["text/html"]
+    assert "<fast>" not in bundle["text/html"]
+    assert base64.b64decode(bundle["image/png"]) == picture.png()
+    assert bundle["text/plain"] == repr(picture) == CAPTION
+
+
+def test_nothing_is_drawn_before_it_is_looked_at() -> None:
+    drawn: list[int] = []
+
+    def draw() -> Figure:
+        drawn.append(1)
+        return figure()
+
+    picture = Picture(CAPTION, draw)
+    assert repr(picture) == picture.caption
+    assert drawn == []
+    picture.svg()
+    assert drawn == [1]
 
 
 def test_colours_stay_apart_in_grey() -> None:

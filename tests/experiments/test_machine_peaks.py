@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from typing import Any
 
 import pytest
@@ -9,9 +11,9 @@ import pytest
 from cs336_systems.analysis.hardware import gpu_peaks
 from cs336_systems.bench import sweep
 from cs336_systems.bench.machine import Machine, this_machine
-from cs336_systems.bench.records import Measurement, Record, Store
+from cs336_systems.bench.records import Measurement, Record, Store, missing_record
 from cs336_systems.errors import UserError
-from cs336_systems.experiments import machine_peaks
+from cs336_systems.experiments import machine_peaks, transformer_step
 from cs336_systems.presentation import machine_peaks as presentation
 
 
@@ -47,6 +49,65 @@ def test_the_fastest_sample_over_all_sizes_is_the_ceiling_and_warm_ups_do_not_co
     assert dict(peaks.matmul_flops_per_s) == {"float32": 1e12, "bfloat16": 2e12}
     assert peaks.bandwidth_bytes_per_s == 2e11
     assert peaks.cache_bytes == 7
+
+
+TOY = Machine("toy", "cpu", {"cache_bytes": 7})
+
+
+def lacking(operation: str, precision: str) -> Record:
+    """What stands for the record of a further size that nobody measured."""
+    case = {"operation": operation, "precision": precision, "side": 16, "device": "cpu"}
+    return missing_record("machine_peaks", "toy", case, "run `what measures it`")
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before the others", "after them"])
+def test_a_precision_that_lacks_the_record_of_a_size_is_unknown_and_the_others_stay(first: bool) -> None:
+    hole = lacking("matmul", "bfloat16")
+    peaks = machine_peaks.measured_peaks([hole, *RECORDS] if first else [*RECORDS, hole], TOY)
+    whole = machine_peaks.measured_peaks(RECORDS, TOY)
+    assert dict(peaks.matmul_flops_per_s) == {"float32": whole.rate("float32")}
+    assert peaks.bandwidth_bytes_per_s == whole.bandwidth_bytes_per_s
+
+
+def test_a_size_that_was_skipped_is_not_missed() -> None:
+    skipped = dataclasses.replace(lacking("matmul", "bfloat16"), status="skipped", reason="no instructions")
+    assert machine_peaks.measured_peaks([*RECORDS, skipped], TOY) == machine_peaks.measured_peaks(RECORDS, TOY)
+
+
+@pytest.mark.parametrize("stream", ["copy", "sum"])
+def test_without_the_record_of_one_stream_the_bandwidth_is_unknown_and_with_it_every_floor(stream: str) -> None:
+    peaks = machine_peaks.measured_peaks([*RECORDS, lacking(stream, "float32")], TOY)
+    assert math.isnan(peaks.bandwidth_bytes_per_s)
+    assert dict(peaks.matmul_flops_per_s) == {"float32": 1e12, "bfloat16": 2e12}
+    (cell,) = transformer_step.grid(contexts={"tiny": [8]}, phases=["forward"], device="cpu")
+    floor, limit = transformer_step.bound_ms(cell.case, peaks)
+    assert math.isnan(floor)
+    assert limit == ""
+    known, _ = transformer_step.bound_ms(cell.case, machine_peaks.measured_peaks(RECORDS, TOY))
+    assert known > 0
+
+
+def test_without_the_record_of_a_size_only_floors_of_that_precision_are_unknown() -> None:
+    peaks = machine_peaks.measured_peaks([*RECORDS, lacking("matmul", "bfloat16")], TOY)
+    cells = transformer_step.grid(
+        contexts={"tiny": [8]}, phases=["forward"], autocast=["none", "bfloat16"], device="cpu"
+    )
+    floors = {cell.case.autocast: transformer_step.bound_ms(cell.case, peaks)[0] for cell in cells}
+    assert {autocast: math.isnan(floor) for autocast, floor in floors.items()} == {"none": False, "bfloat16": True}
+
+
+def test_an_unknown_ceiling_is_a_dash_in_the_table_beside_the_datasheets() -> None:
+    text = str(presentation.table(machine_peaks.summarise([*RECORDS, lacking("matmul", "float32")])))
+    (row,) = (line for line in text.splitlines() if line.startswith("| float32 products"))
+    assert [cell.strip() for cell in row.split("|")[3:5]] == ["–", "66.9 TFLOP/s"]
+
+
+def test_a_machine_with_nothing_but_missing_records_has_no_ceiling_that_is_wrong() -> None:
+    records = [lacking("matmul", "float32"), lacking("copy", "float32"), lacking("sum", "float32")]
+    peaks = machine_peaks.measured_peaks(records, TOY)
+    assert dict(peaks.matmul_flops_per_s) == {}
+    assert math.isnan(peaks.bandwidth_bytes_per_s)
+    assert "What toy reaches at best" in str(presentation.table(machine_peaks.summarise(records)))
 
 
 def test_a_measured_ceiling_stands_beside_the_datasheets() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 
 from cs336_systems.presentation import transformer_step as presentation
 
@@ -37,6 +38,8 @@ def row(**changes: Any) -> dict[str, Any]:
         "warmup": 5,
         "steps": 10,
         "machine": "toy-1c",
+        "torch": "2.13.0",
+        "threads": 2,
         "status": "ok",
         "reason": None,
         "mean_ms": 10.0,
@@ -67,14 +70,15 @@ def test_a_row_has_the_measured_time_its_floor_and_the_published_one() -> None:
     text = str(presentation.table(summary(*PAIR)))
     assert "10.00 ± 0.10" in text
     assert "40.40 ± 0.30" in text
-    assert "1.00 GiB" in text
+    assert "resident growth (MiB)" in text
+    assert re.search(r"\| +1,024 \|", text)
     # No row has an H100 figure, so the column would say nothing.
     assert "H100" not in text
 
 
 def test_the_caption_comes_from_the_records_and_a_choice_that_varies_becomes_a_column() -> None:
     assert presentation.caption(summary(*PAIR)) == (
-        "Time per step: toy-1c, batch 4, float32, 5 warm-up and 10 measured steps"
+        "Time per step: toy-1c, 2 threads, PyTorch 2.13.0, batch 4, float32, 5 warm-up and 10 measured steps"
     )
     both = str(presentation.table(summary(row(), row(autocast="bfloat16"))))
     assert "| autocast" in both
@@ -93,7 +97,7 @@ def test_what_did_not_run_says_why_and_what_was_disturbed_or_stale_is_marked() -
         )
     )
     assert re.search(r"\| +oom \|", text)
-    assert "small, context 128, forward: oom, needs 9 GiB" in text
+    assert "oom: forward of small at context 128: needs 9 GiB" in text
     assert "10.00 ± 0.10 ~" in text
     assert "~ noisy, 1 of 3 cases: forward of small at context 128 (spread of 40% of the median)" in text
     assert "10.00 ± 0.10 †" in text
@@ -132,20 +136,169 @@ def test_without_records_the_sentence_names_the_command_that_produces_them() -> 
     assert "scripts/measure.py transformer_step" in str(presentation.findings(none))
 
 
+def missing(**changes: Any) -> dict[str, Any]:
+    """The row of a case that nobody measured."""
+    nothing = {"mean_ms": NAN, "std_ms": NAN, "median_ms": NAN, "times_bound": NAN, "peak_bytes": None}
+    return row(**({"status": "missing", "reason": "run `what measures it`"} | nothing | changes))
+
+
+@pytest.mark.parametrize("hole", [missing(), missing(phase="forward-backward")], ids=["forward", "both"])
+def test_with_one_missing_row_every_sentence_about_its_grid_says_what_to_run(hole: dict[str, Any]) -> None:
+    whole = presentation.findings(summary(*PAIR))
+    sentences = presentation.findings(summary(*PAIR, hole | {"context_length": 256}))
+    assert len(sentences) == len(whole) == 3
+    for sentence, subject, count in zip(
+        sentences,
+        (
+            "How long backward takes beside forward",
+            "How much the times vary",
+            "How near their floors the times come",
+        ),
+        (3, 3, 3),
+        strict=True,
+    ):
+        assert str(sentence) == f"{subject} cannot be told: no record of 1 of {count} cases; run `what measures it`."
+        assert sentence.holds is None
+
+
+def test_a_missing_full_step_does_not_keep_backward_from_being_compared_with_forward() -> None:
+    sentences = presentation.findings(summary(*PAIR, missing(phase="step")))
+    assert sentences[0] == presentation.findings(summary(*PAIR))[0]
+    assert ["cannot be told" in str(sentence) for sentence in sentences] == [False, True, True]
+
+
+def test_of_a_grid_without_any_record_every_sentence_says_what_to_run() -> None:
+    sentences = presentation.findings(summary(missing(), missing(phase="forward-backward")))
+    assert ["no record of 2 of 2 cases; run `what measures it`" in str(sentence) for sentence in sentences] == [
+        True
+    ] * 3
+
+
+def test_a_case_that_ran_out_of_memory_is_told_and_does_not_silence_the_sentences() -> None:
+    too_large = missing(status="oom", reason="needs 9 GiB", size="large")
+    assert presentation.findings(summary(*PAIR, too_large)) == presentation.findings(summary(*PAIR))
+
+
+def test_without_any_ceiling_the_sentence_about_floors_names_the_command_that_measures_them() -> None:
+    unknown = [each | {"bound_ms": NAN, "bound_by": "", "times_bound": NAN} for each in PAIR]
+    sentences = presentation.findings(summary(*unknown))
+    assert "run `python scripts/measure.py machine_peaks`" in str(sentences[-1])
+    assert sentences[:2] == presentation.findings(summary(*PAIR))[:2]
+
+
+def test_what_has_no_time_for_the_same_reason_is_one_note() -> None:
+    rows = [
+        missing(),
+        missing(phase="step"),
+        missing(status="oom", reason="needs 9 GiB"),
+        missing(size="large", reason="run `something else`"),
+        missing(size="xl", reason="run `something else`"),
+    ]
+    assert presentation.notes_below(summary(row(), *rows)) == [
+        "missing: forward of small at context 128; step of small at context 128: run `what measures it`",
+        "oom: forward of small at context 128: needs 9 GiB",
+        "missing: forward of large at context 128; forward of xl at context 128: run `something else`",
+    ]
+
+
+def test_of_many_cases_in_a_note_the_first_are_named_and_the_rest_counted() -> None:
+    rows = [missing(context_length=context) for context in range(1, 31)]
+    (note,) = presentation.notes_below(summary(*rows))
+    named = note.count("forward of small at context")
+    assert f"; and {30 - named} more: run" in note
+
+
+def drawn(*rows: dict[str, Any]) -> Figure:
+    return presentation.figure(summary(*rows)).draw()
+
+
+def legend_of(drawing: Figure) -> list[str]:
+    return [text.get_text() for text in drawing.legends[0].get_texts()]
+
+
 def test_a_figure_has_a_panel_per_phase_with_units_and_a_legend_of_what_is_shown() -> None:
-    drawing = presentation.figure(summary(*PAIR))
+    drawing = drawn(*PAIR)
     assert [axes.get_title() for axes in drawing.axes] == ["forward", "forward-backward"]
     assert drawing.axes[0].get_ylabel() == "time per step (ms)"
     assert all(axes.get_xlabel() for axes in drawing.axes)
-    labels = [text.get_text() for text in drawing.legends[0].get_texts()]
-    assert labels == ["median, and least to most, toy-1c", "floor, toy-1c", "published, A100 40 GB"]
+    assert legend_of(drawing) == ["measured median, toy-1c", "floor, toy-1c", "published, A100 40 GB"]
+
+
+def test_a_figure_is_captioned_as_its_table_with_what_its_bars_are() -> None:
+    picture = presentation.figure(summary(*PAIR))
+    assert picture.caption == f"{presentation.caption(summary(*PAIR))}; bars from the least to the most"
+
+
+def test_two_kinds_of_autocast_are_two_series_side_by_side() -> None:
+    drawing = drawn(*PAIR, *(row(autocast="bfloat16", phase=each["phase"], median_ms=4.0) for each in PAIR))
+    measured = [label for label in legend_of(drawing) if label.startswith("measured")]
+    assert measured == [f"measured median, toy-1c, autocast {kind}" for kind in ("none", "bfloat16")]
+    for panel in drawing.axes:
+        first, second = (bars[0] for bars in panel.containers)
+        assert first.get_marker() != second.get_marker()
+        assert first.get_color() != second.get_color()
+        assert first.get_xdata()[0] < second.get_xdata()[0]
+        assert second.get_ydata()[0] == 4.0
+
+
+def names_below(panel: Any) -> tuple[list[tuple[float, str]], list[tuple[float, str]]]:
+    """Where the contexts and where the sizes stand along a panel's axis, and what they say."""
+    return tuple(  # type: ignore[return-value]
+        list(
+            zip(panel.get_xticks(minor=minor), [t.get_text() for t in panel.get_xticklabels(minor=minor)], strict=True)
+        )
+        for minor in (False, True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("places", "contexts", "sizes"),
+    [
+        ([("small", 128)], [(0, "128")], [(0, "small")]),
+        ([("small", 128), ("large", 128)], [(0, "128"), (1, "128")], [(0, "small"), (1, "large")]),
+        (
+            [("small", 128), ("small", 256), ("large", 128)],
+            [(0, "128"), (1, "256"), (2, "128")],
+            [(0.5, "small"), (2, "large")],
+        ),
+    ],
+    ids=["one", "a single context each", "several contexts"],
+)
+def test_a_size_is_named_once_in_the_middle_of_its_contexts(
+    places: list[tuple[str, int]], contexts: list[tuple[float, str]], sizes: list[tuple[float, str]]
+) -> None:
+    drawing = drawn(*(row(size=size, context_length=context) for size, context in places))
+    (panel,) = drawing.axes
+    drawing.draw_without_rendering()
+    assert names_below(panel) == (contexts, sizes)
+    # Matplotlib leaves minor ticks out where a major one stands, unless it is told not to.
+    shown = {label.get_text() for label in panel.get_xticklabels(minor=True) if label.get_visible()}
+    assert shown == {name for _, name in sizes}
+
+
+def test_the_names_of_sizes_stand_below_the_contexts_and_clear_of_them() -> None:
+    drawing = drawn(row(), row(size="large"))
+    drawing.draw_without_rendering()
+    (panel,) = drawing.axes
+    contexts, sizes = (
+        [label.get_window_extent() for label in panel.get_xticklabels(minor=minor)] for minor in (False, True)
+    )
+    assert max(box.y1 for box in sizes) <= min(box.y0 for box in contexts)
 
 
 def test_many_sizes_are_stacked_so_that_their_names_fit() -> None:
     many = [row(context_length=context, phase=phase) for phase in ("forward", "step") for context in range(1, 20)]
-    few, large = presentation.figure(summary(*PAIR)), presentation.figure(summary(*many))
+    few, large = drawn(*PAIR), drawn(*many)
     assert large.get_figwidth() > few.get_figwidth()
     assert large.axes[0].get_position().y0 > large.axes[1].get_position().y0
+
+
+def test_a_figure_of_a_grid_with_holes_shows_what_there_is() -> None:
+    picture = presentation.figure(
+        summary(*PAIR, missing(context_length=256), missing(phase="step", context_length=256))
+    )
+    assert [axes.get_title() for axes in picture.draw().axes] == ["forward", "forward-backward", "step"]
+    assert picture.svg()
 
 
 def test_published_records_of_nobody_are_a_sentence() -> None:

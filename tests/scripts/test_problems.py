@@ -100,7 +100,7 @@ def readme(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_index_is_written_into_the_readme_and_the_rest_of_it_stays(script: ModuleType, readme: Path) -> None:
     assert status_of(script, "--write-readme") == 0
-    expected = f"# Title – été\n\n{readme_index(load_index())}\nThe end\n"
+    expected = f"# Title – été\n\n{README_BEGIN}\n\n{readme_index(load_index())}\n\n{README_END}\nThe end\n"
     assert readme.read_text(encoding="utf-8") == expected
     assert status_of(script, "--write-readme") == 0
     assert readme.read_text(encoding="utf-8") == expected

@@ -1,4 +1,4 @@
-"""scripts/run.py executes notebooks, leaves the checkout as it was, and tells a user's mistakes in one line."""
+"""scripts/run.py executes notebooks and renders the writeup, leaves the checkout as it was, and tells mistakes in one line."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ import psutil
 import pytest
 from source_files import load_script, status_of
 
+from cs336_systems.bench.records import Store
+from cs336_systems.errors import UserError
 from cs336_systems.repository import repository_root
-from cs336_systems.workbook.index import Notebook, load_index
+from cs336_systems.workbook.index import Index, Notebook, load_index
 from cs336_systems.workbook.profiles import profile_names
 from cs336_systems.workbook.run import NotebookRun
 
@@ -196,7 +198,7 @@ def executed(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_notebook_that_fails_does_not_keep_the_next_from_running(
     script: ModuleType, capsys: pytest.CaptureFixture[str], executed: list[tuple[str, dict[str, Any]]]
 ) -> None:
-    assert status_of(script) == 1
+    assert status_of(script, "--no-writeup") == 1
     assert [name for name, _ in executed] == ["01_a", "02_b"]
     text = capsys.readouterr().out
     assert "failed: ValueError: because" in text
@@ -207,21 +209,21 @@ def test_a_notebook_that_fails_does_not_keep_the_next_from_running(
 def test_with_fail_fast_the_first_failure_is_the_last_notebook(
     script: ModuleType, executed: list[tuple[str, dict[str, Any]]]
 ) -> None:
-    assert status_of(script, "--fail-fast") == 1
+    assert status_of(script, "--fail-fast", "--no-writeup") == 1
     assert [name for name, _ in executed] == ["01_a"]
 
 
 def test_only_the_notebooks_named_run_with_the_parameters_given(
     script: ModuleType, executed: list[tuple[str, dict[str, Any]]]
 ) -> None:
-    assert status_of(script, "2", "-p", "word", "[given, by hand]") == 0
+    assert status_of(script, "2", "--no-writeup", "-p", "word", "[given, by hand]") == 0
     assert executed == [("02_b", {"word": ["given", "by hand"]})]
 
 
 def test_a_misspelt_notebook_among_several_ends_the_run_before_any_is_executed(
     script: ModuleType, executed: list[tuple[str, dict[str, Any]]]
 ) -> None:
-    assert status_of(script, "1", "2", "3") == 2
+    assert status_of(script, "1", "2", "3", "--no-writeup") == 2
     assert executed == []
 
 
@@ -229,9 +231,71 @@ def test_remeasuring_reaches_into_the_kernels_by_their_environment(
     script: ModuleType, executed: list[tuple[str, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CS336_REMEASURE", "0")
-    assert status_of(script, "2", "--remeasure") == 0
+    assert status_of(script, "2", "--remeasure", "--no-writeup") == 0
     assert executed
     assert os.environ["CS336_REMEASURE"] == "1"
+
+
+# The writeup at the end ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rendered(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What would have been rendered, in the place of rendering it."""
+    found: list[dict[str, Any]] = []
+
+    def pretend(_: Store, __: Index, **options: Any) -> list[Path]:
+        found.append(options)
+        return [options["folder"] / "writeup.md"]
+
+    monkeypatch.setattr(script, "build", pretend)
+    return found
+
+
+def test_the_writeup_is_rendered_from_the_notebooks_that_ended_well(
+    script: ModuleType,
+    capsys: pytest.CaptureFixture[str],
+    executed: list[tuple[str, dict[str, Any]]],
+    rendered: list[dict[str, Any]],
+) -> None:
+    assert status_of(script) == 1  # the first notebook failed
+    assert len(executed) == 2
+    (options,) = rendered
+    assert set(options["executed"]) == {"02_b"}
+    assert f"writeup: {Path('writeup', 'build', 'writeup.md')}" in capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.usefixtures("executed")
+def test_a_run_is_not_rendered_where_nobody_wants_it(script: ModuleType, rendered: list[dict[str, Any]]) -> None:
+    assert status_of(script, "2", "--no-writeup") == 0
+    assert rendered == []
+
+
+@pytest.mark.usefixtures("executed")
+def test_a_writeup_that_cannot_be_rendered_ends_with_1_and_says_that_the_records_are_safe(
+    script: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> list[Path]:
+        raise UserError("writeup.md, line 3: 'nothing' is undefined")
+
+    monkeypatch.setattr(script, "build", refuse)
+    assert status_of(script, "2") == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert "the writeup was not rendered: writeup.md, line 3: 'nothing' is undefined" in lines
+    assert "Every record is safe; `python scripts/writeup.py` tries again." in lines
+    assert "table of 02_b" in lines
+
+
+def test_tools_that_are_missing_are_told_before_any_notebook_is_executed(
+    script: ModuleType, executed: list[tuple[str, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> None:
+        raise UserError("the writeup needs its tools")
+
+    monkeypatch.setattr(script, "require_tools", refuse)
+    assert status_of(script, "2") == 2
+    assert executed == []
+    assert status_of(script, "2", "--no-writeup") == 0
 
 
 # Running for real ----------------------------------------------------------------------------------------------
@@ -243,8 +307,9 @@ def copy_of_checkout(target: Path) -> Path:
     target.mkdir()
     for name in ("problems.toml", ".gitignore"):
         shutil.copy(root / name, target / name)
-    for name in ("notebooks", "configs", "data/reference"):
-        shutil.copytree(root / name, target / name, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    # The writeup links to code and tests, and what it links to must be there.
+    for name in ("notebooks", "configs", "data/reference", "writeup/templates", "cs336_systems", "scripts", "tests"):
+        shutil.copytree(root / name, target / name, ignore=shutil.ignore_patterns(".ipynb_checkpoints", "__pycache__"))
     git(target, "init", "--quiet")
     git(target, "add", "--all")
     git(target, "-c", "user.name=Test", "-c", "user.email=test@example.org", "commit", "--quiet", "--message", "All")
@@ -259,7 +324,9 @@ def git(root: Path, *arguments: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git, to see what changed")
-def test_the_smoke_run_prints_its_tables_and_leaves_neither_changes_nor_temporary_folders(tmp_path: Path) -> None:
+def test_the_smoke_run_prints_its_tables_renders_the_writeup_and_leaves_no_changes_and_no_temporary_folders(
+    tmp_path: Path,
+) -> None:
     checkout = copy_of_checkout(tmp_path / "checkout")
     temporary = tmp_path / "temporary"
     temporary.mkdir()
@@ -281,7 +348,13 @@ def test_the_smoke_run_prints_its_tables_and_leaves_neither_changes_nor_temporar
     (row,) = (line for line in ended.stdout.splitlines() if line.startswith(f"| {TIMING} "))
     ok, reused, oom, _, failed = (int(cell) for cell in row.split("|")[2:7])
     assert (ok >= 5, reused, oom, failed) == (True, 0, 0, 0)
-    assert git(checkout, "status", "--porcelain", "--ignored") == ""
+    (printed,) = (line for line in ended.stdout.splitlines() if line.startswith("writeup: "))
+    documents = [f"writeup/build/smoke/writeup.{kind}" for kind in ("md", "html", "pdf")]
+    assert sorted(printed.removeprefix("writeup: ").split(", ")) == sorted(documents)
+    assert [path for path in documents if not (checkout / path).stat().st_size] == []
+    assert "(this checkout)" in (checkout / documents[0]).read_text(encoding="utf-8")
+    # What it rendered is ignored, and is all that it left.
+    assert git(checkout, "status", "--porcelain", "--ignored").splitlines() == ["!! writeup/build/"]
     assert [path.name for path in temporary.glob("cs336-*")] == []
     # The folder the caller's environment names is for runs that are kept.
     assert not Path(os.environ["CS336_DATA"]).exists()
@@ -295,7 +368,7 @@ def test_ctrl_c_ends_a_run_with_130_one_sentence_and_no_kernel_left_behind(tmp_p
     )
     # In a session of its own, so that the signal reaches the runner alone and it must see to its kernel.
     with subprocess.Popen(
-        [sys.executable, str(SCRIPT), "01"],
+        [sys.executable, str(SCRIPT), "01", "--no-writeup"],
         env=os.environ | {"CS336_ROOT": str(checkout)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

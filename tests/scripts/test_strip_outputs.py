@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import nbformat
 import pytest
 from source_files import load_script, status_of
 
@@ -157,3 +162,43 @@ def test_a_notebook_that_is_not_there_is_an_error(
 ) -> None:
     assert status_of(script, tmp_path / "nowhere.ipynb") == 2
     assert "nowhere.ipynb" in capsys.readouterr().err
+
+
+# The git hook --------------------------------------------------------------------------------------------------
+
+
+def run_in(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    """A command with pre-commit's own files in a folder of this test's, and nobody's settings of git."""
+    environment = os.environ | {"PRE_COMMIT_HOME": str(folder.parent / "pre-commit"), "GIT_CONFIG_GLOBAL": os.devnull}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def commit(folder: Path, message: str) -> subprocess.CompletedProcess[str]:
+    identity = ("-c", "user.name=n", "-c", "user.email=n@example.org")
+    assert run_in(folder, "git", "add", ".").returncode == 0
+    return run_in(folder, "git", *identity, "commit", "-m", message)
+
+
+def test_a_commit_with_outputs_is_refused_and_stripped_and_then_goes_through(tmp_path: Path) -> None:
+    """With the files that the hook needs and no others: it runs before anything is installed."""
+    checkout = tmp_path / "checkout"
+    needed = ["__init__", "errors", "files", "repository"]
+    for name in (".pre-commit-config.yaml", "problems.toml", "scripts/strip_outputs.py"):
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(repository_root() / name, checkout / name)
+    (checkout / "cs336_systems").mkdir()
+    for name in needed:
+        shutil.copy(repository_root() / "cs336_systems" / f"{name}.py", checkout / "cs336_systems")
+    notebook = checkout / "notebooks" / "01_made.ipynb"
+    notebook.parent.mkdir()
+    cell = nbformat.v4.new_code_cell("1 + 1", execution_count=3, outputs=[nbformat.v4.new_output("stream", text="2")])
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), notebook)
+    assert run_in(checkout, "git", "init", "--quiet").returncode == 0
+    installed = run_in(checkout, sys.executable, "-m", "pre_commit", "install")
+    assert installed.returncode == 0, installed.stderr
+    refused = commit(checkout, "with outputs")
+    assert refused.returncode != 0
+    assert "01_made.ipynb: stripped" in refused.stdout + refused.stderr
+    assert nbformat.read(notebook, as_version=4).cells[0].outputs == []
+    accepted = commit(checkout, "without")
+    assert accepted.returncode == 0, accepted.stdout + accepted.stderr

@@ -8,14 +8,17 @@ from pathlib import Path
 import pytest
 
 from cs336_systems.errors import UserError
+from cs336_systems.model import SIZES
 from cs336_systems.repository import repository_root
 from cs336_systems.workbook import index as indices
 from cs336_systems.workbook.index import (
     README_BEGIN,
     README_END,
+    Handout,
     Index,
     Notebook,
     Problem,
+    between_markers,
     load_index,
     readme_index,
     with_readme_index,
@@ -62,6 +65,10 @@ POINTS: dict[str, tuple[int | None, int | None]] = {
 
 # A whole, correct file; each mistake below changes one thing in it.
 CORRECT = """\
+[handouts.2025]
+version = "1.0"
+sizes = { small = "little" }
+
 [notebooks]
 01_first = { title = "First", experiments = ["warmup"] }
 
@@ -145,16 +152,62 @@ def test_every_notebook_file_is_in_the_index() -> None:
     assert files <= set(load_index().notebooks)
 
 
+def test_the_index_has_the_handouts_of_both_years_and_their_sizes_are_sizes_of_ours() -> None:
+    handouts = load_index().handouts
+    assert set(handouts) == set(indices.YEARS) == {"2025", "2026"}
+    for year, handout in handouts.items():
+        assert handout.year == year
+        assert handout.version
+        assert set(handout.sizes) <= set(SIZES)
+        assert len(set(handout.sizes.values())) == len(handout.sizes), "two sizes of one name cannot be told apart"
+
+
+def test_a_name_that_both_years_give_may_be_of_two_sizes() -> None:
+    """What 2025 calls "xl" is GPT-2 XL, and what it calls "2.7B" is the "xl" of 2026."""
+    index = load_index()
+    ours = {year: {name: size for size, name in index.handout(year).sizes.items()} for year in indices.YEARS}
+    assert (ours["2025"]["xl"], ours["2025"]["2.7B"], ours["2026"]["xl"]) == ("gpt2-xl", "xl", "xl")
+
+
+def test_a_handout_of_another_year_is_an_error_that_lists_the_known() -> None:
+    with pytest.raises(UserError, match=r"unknown year '2024'.*[Kk]nown: 2025, 2026"):
+        load_index().handout("2024")
+
+
+@pytest.mark.parametrize(("column", "year"), enumerate(indices.YEARS))
+def test_the_problems_of_a_year_are_those_that_its_handout_gives_points_for(column: int, year: str) -> None:
+    asked = {name for name, points in POINTS.items() if points[column] is not None}
+    found = [problem.id for problem in load_index().problems_of(year)]
+    assert set(found) == asked
+    assert found == [name for name in load_index().problems if name in asked]
+
+
+def test_without_a_year_all_problems_are_asked_the_neighbours_too() -> None:
+    index = load_index()
+    assert index.problems_of(None) == list(index.problems.values())
+
+
+def test_the_problems_of_2026_come_in_the_order_of_its_handout() -> None:
+    names = [problem.id for problem in load_index().problems_of("2026")]
+    assert names.index("alternate_ring_all_reduce") == names.index("fsdp_accounting") + 1
+    assert (names[0], names[-1]) == ("benchmarking_script", "leaderboard")
+
+
 def test_a_correct_file_is_read_as_written(tmp_path: Path) -> None:
     index = index_of(tmp_path, CORRECT)
     assert index.notebooks == {"01_first": Notebook("01_first", "First", ("warmup",))}
     assert index.problems == {"one": Problem("one", "One", "planned", "01_first", {"2025": 1, "2026": 2})}
+    assert index.handouts == {"2025": Handout("2025", "1.0", {"small": "little"})}
+
+
+def test_a_file_may_have_no_handouts(tmp_path: Path) -> None:
+    assert index_of(tmp_path, CORRECT.partition("\n\n")[2]).handouts == {}
 
 
 @pytest.mark.parametrize(
     ("before", "after", "told"),
     [
-        ("[problems.one]", "[problems.one", r"cannot read .*problems\.toml.*line 4"),
+        ("[problems.one]", "[problems.one", r"cannot read .*problems\.toml.*line 8"),
         ('title = "One"', 'titel = "One"', r"unknown key 'titel' of one .*did you mean 'title'"),
         ("experiments =", "experiment =", r"unknown key 'experiment' of 01_first .*did you mean 'experiments'"),
         ('"planned"', '"planed"', r"unknown state 'planed' of one .*Known: built, planned"),
@@ -173,6 +226,11 @@ def test_a_correct_file_is_read_as_written(tmp_path: Path) -> None:
         ('title = "One"', 'id = "two"\ntitle = "One"', r"'id'|\bone\b"),
         ('title = "One"', 'path = "two"\ntitle = "One"', r"'path'"),
         ('{ title = "First", experiments = ["warmup"] }', '"First"', r"01_first"),
+        ("handouts.2025", "handouts.2024", r"unknown year '2024' of \[handouts\] .*Known: 2025, 2026"),
+        ("small =", "smal =", r"unknown size 'smal' of handouts\.2025 .*did you mean 'small'"),
+        ('version = "1.0"\n', "", r"'2025' is incomplete.*'version'"),
+        ('version = "1.0"', 'versions = "1.0"', r"unknown key 'versions' of 2025 .*did you mean 'version'"),
+        ("[handouts.2025]", "[[handouts]]", r"\[handouts\]"),
     ],
     ids=[
         "not TOML",
@@ -190,6 +248,11 @@ def test_a_correct_file_is_read_as_written(tmp_path: Path) -> None:
         "an id inside the entry",
         "a key that is a name of ours",
         "an entry that is no table",
+        "a handout of an unknown year",
+        "an unknown size of a handout",
+        "a handout without its version",
+        "an unknown key of a handout",
+        "handouts that are no table",
     ],
 )
 def test_a_mistake_in_the_file_is_one_sentence_that_names_the_place(
@@ -241,9 +304,16 @@ def test_the_readme_has_the_generated_index() -> None:
 
 
 def test_the_generated_index_links_only_to_files_that_exist() -> None:
-    links = re.findall(r"\]\(([^)]+)\)", readme_index(load_index()))
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", readme_index(load_index()))
     assert links
     assert [link for link in links if not (repository_root() / link).is_file()] == []
+
+
+def test_the_generated_index_links_every_built_problem_to_its_section_of_the_writeup() -> None:
+    linked = re.findall(r"\(writeup/writeup\.md#([\w:.-]+)\)", readme_index(load_index()))
+    assert linked == [problem.id for problem in problems("built")]
+    writeup = (repository_root() / "writeup" / "writeup.md").read_text(encoding="utf-8")
+    assert [section for section in linked if f'<a id="{section}"></a>' not in writeup] == []
 
 
 def test_the_generated_index_has_a_row_for_every_problem() -> None:
@@ -254,7 +324,7 @@ def test_the_generated_index_has_a_row_for_every_problem() -> None:
 def test_the_index_replaces_what_is_between_the_markers_and_nothing_else() -> None:
     index = load_index()
     written = with_readme_index(f"# Title\n\n{README_BEGIN}\nold\n{README_END}\n\nThe end\n", index)
-    assert written == f"# Title\n\n{readme_index(index)}\n\nThe end\n"
+    assert written == f"# Title\n\n{README_BEGIN}\n\n{readme_index(index)}\n\n{README_END}\n\nThe end\n"
     assert with_readme_index(written, index) == written
 
 
@@ -262,6 +332,19 @@ def test_the_index_replaces_what_is_between_the_markers_and_nothing_else() -> No
 def test_a_readme_without_both_markers_in_order_is_an_error(readme: str) -> None:
     with pytest.raises(UserError, match="lacks the lines"):
         with_readme_index(readme, load_index())
+
+
+def test_what_is_between_two_markers_is_replaced_and_nothing_else() -> None:
+    text = "before\n<b>\nold\n<e>\nafter <b> again\n"
+    written = between_markers(text, "<b>", "<e>", "\n\nnew\nlines\n\n")
+    assert written == "before\n<b>\n\nnew\nlines\n\n<e>\nafter <b> again\n"
+    assert between_markers(written, "<b>", "<e>", "new\nlines") == written
+
+
+def test_the_generated_index_carries_no_markers_of_its_own() -> None:
+    text = readme_index(load_index())
+    assert README_BEGIN not in text
+    assert README_END not in text
 
 
 def test_the_readme_has_no_gap_where_a_number_should_be() -> None:
