@@ -15,7 +15,8 @@ from typing import Any, Literal, get_args
 
 from cs336_systems.errors import UserError, unknown_name
 from cs336_systems.files import write_atomically
-from cs336_systems.workbook.writeup import Draft, templates_folder
+from cs336_systems.workbook.draft import Draft
+from cs336_systems.workbook.writeup import templates_folder
 
 Format = Literal["md", "html", "pdf"]
 FORMATS: tuple[Format, ...] = get_args(Format)

@@ -67,7 +67,8 @@ class Evidence:
     what_to_run: str
     handout: Handout | None = None
     """Whose names the sizes get where they are shown."""
-    sizes_of_handouts: frozenset[str] = frozenset()
+    foreign_sizes: frozenset[str] = frozenset()
+    """What only other handouts ask for."""
 
     @property
     def name(self) -> str:
@@ -77,11 +78,7 @@ class Evidence:
     @property
     def shown(self) -> pd.DataFrame:
         """The summary under the names of the handout that is answered; sizes of other handouts are left out."""
-        if self.handout is None or "size" not in self.summary:
-            return self.summary
-        foreign = self.sizes_of_handouts - self.handout.sizes.keys()
-        rows = self.summary[~self.summary["size"].isin(foreign)]
-        return rows.assign(size=rows["size"].replace(dict(self.handout.sizes))).reset_index(drop=True)
+        return in_names_of(self.handout, self.summary, self.foreign_sizes)
 
     def where(self, **fields: Any) -> Evidence:
         """The part whose columns have these values.
@@ -154,6 +151,17 @@ class Archive:
             ]
         return self._found[experiment]
 
+    def named(self, rows: pd.DataFrame) -> pd.DataFrame:
+        """Any table with a column `size`, under the names of the handout that is answered."""
+        return in_names_of(self._handout, rows, self._foreign_sizes)
+
+    @property
+    def _foreign_sizes(self) -> frozenset[str]:
+        if self._handout is None:
+            return frozenset()
+        asked = {size for handout in self._index.handouts.values() for size in handout.sizes}
+        return frozenset(asked - self._handout.sizes.keys())
+
     def _evidence(self, experiment: str, name: str, origin: Origin) -> Evidence:
         module = load_experiment(experiment)
         machine = self._store.machine(name, published=origin == "published")
@@ -172,7 +180,7 @@ class Archive:
             beyond=len(known.keys() - {record.key for record in records}),
             what_to_run=self._what_to_run(experiment, machine, origin),
             handout=self._handout,
-            sizes_of_handouts=frozenset(size for handout in self._index.handouts.values() for size in handout.sizes),
+            foreign_sizes=self._foreign_sizes,
         )
 
     def _known(self, experiment: str, machine: Machine, origin: Origin) -> dict[str, Record]:
@@ -224,6 +232,14 @@ class Archive:
         if origin == "this checkout":  # a further run can only raise a ceiling, so all of them count
             asked += self._store.all_local_records(machine.name, "machine_peaks")
         return machine_peaks.measured_peaks(asked, machine)
+
+
+def in_names_of(handout: Handout | None, rows: pd.DataFrame, foreign: frozenset[str]) -> pd.DataFrame:
+    """`rows` without sizes that are foreign to the handout, the others under its names; this workbook's own stay."""
+    if handout is None or "size" not in rows:
+        return rows
+    kept = rows[~rows["size"].isin(foreign)]
+    return kept.assign(size=[handout.sizes.get(size, size) for size in kept["size"]]).reset_index(drop=True)
 
 
 def _by_source_outside(records: Sequence[Record]) -> dict[tuple[str, ...], list[Record]]:

@@ -9,15 +9,13 @@ A template asks for evidence, `<% for here in machines("warmup") %>`, and shows 
 them by `here.case(size="small", …)`: where the record is missing, the whole sentence becomes a statement of what to
 run. Undefined names, unknown experiments and references to what is not shown are errors that name file and line.
 
-The delimiters `<< >>` and `<% %>` leave `{#…}` to pandoc. What comes out is a `Draft`: Markdown in which tables,
-figures and references still are marks, since GitHub, HTML and Typst each want them written otherwise.
+The delimiters `<< >>` and `<% %>` leave `{#…}` to pandoc. What comes out is a `Draft`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
-import re
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -32,74 +30,16 @@ from cs336_systems.errors import UserError, first_line
 from cs336_systems.experiments import load_experiment
 from cs336_systems.presentation import load_presentation
 from cs336_systems.repository import repository_root
+from cs336_systems.workbook.draft import DanglingReference, Draft, block_mark, reference_mark
 from cs336_systems.workbook.evidence import Archive, Evidence, Unmeasured
 from cs336_systems.workbook.index import Handout, Index, Problem
 
 if TYPE_CHECKING:
     import jinja2
 
-Flavour = Literal["github", "html", "typst"]
-
 
 def templates_folder() -> Path:
     return repository_root() / "writeup" / "templates"
-
-
-# A mark is a private-use character, an id, and another such character: nothing that a text could hold by accident.
-_BLOCK, _REFERENCE, _END = "\ue000", "\ue001", "\ue002"
-_BLOCK_MARK = re.compile(f"{_BLOCK}([^{_END}]*){_END}")
-_REFERENCE_MARK = re.compile(f"{_REFERENCE}([^{_END}]*){_END}")
-_HEADING_ID = re.compile(r"^(#+ .*?) *\{#([\w:.-]+)\} *$", flags=re.MULTILINE)
-_SPAN_ID = re.compile(r"\[([^\]]+)\]\{#([\w:.-]+)\}")
-
-
-@dataclasses.dataclass(frozen=True)
-class Draft:
-    """A document before it is written for one reader or another."""
-
-    text: str
-    blocks: Mapping[str, Table | Picture]
-    """By id, in the order of their numbers: `tbl-…` and `fig-…`."""
-
-    @property
-    def tables(self) -> dict[str, Table]:
-        return {name: block for name, block in self.blocks.items() if isinstance(block, Table)}
-
-    @property
-    def pictures(self) -> dict[str, Picture]:
-        return {name: block for name, block in self.blocks.items() if isinstance(block, Picture)}
-
-    def label(self, name: str) -> str:
-        """`Table 3` or `Figure 1`: tables and figures are numbered apart, as they first appear."""
-        kind, group = ("Table", self.tables) if name in self.tables else ("Figure", self.pictures)
-        return f"{kind} {list(group).index(name) + 1}"
-
-    def markdown(self, flavour: Flavour, figures: str) -> str:
-        """The text for GitHub, or for pandoc on the way to HTML or Typst; figures are files in the folder `figures`."""
-        text = _BLOCK_MARK.sub(lambda mark: self._written(mark[1], flavour, figures), self.text)
-        text = _REFERENCE_MARK.sub(lambda mark: f"[{self.label(mark[1])}](#{mark[1]})", text)
-        if flavour == "github":  # which shows `{#id}` as it stands
-            text = _HEADING_ID.sub(r'<a id="\2"></a>\n\n\1', text)
-            text = _SPAN_ID.sub(r'<a id="\2"></a>\1', text)
-        return text
-
-    def _written(self, name: str, flavour: Flavour, figures: str) -> str:
-        block = self.blocks[name]
-        caption = f"**{self.label(name)}.** {block.caption}"
-        file = f"{figures}/{name.removeprefix('fig-')}.svg"
-        if isinstance(block, Picture):
-            if flavour == "github":
-                return f'<a id="{name}"></a>\n\n![{block.caption}]({file})\n\n{caption}'
-            return f"![{caption}]({file}){{#{name}}}"
-        if flavour == "github":
-            notes = "".join(f"\n\n{note}" for note in block.notes)
-            return f'<a id="{name}"></a>\n\n{caption}\n\n{block.pipe_table()}{notes}'
-        style = "typst:text:size=0.8em" if flavour == "typst" else ".note"
-        notes = "".join(f"\n\n::: {{{style}}}\n{note}\n:::" for note in block.notes)
-        rows = block.pipe_table()
-        if flavour == "typst":  # on paper a quantity or a compound stays on one line, and its heading wraps instead
-            rows = re.sub(r"(?<=\d) ± ", "\u00a0±\u00a0", re.sub(r"(?<=\w)-(?=\w)", "\u2011", rows))
-        return f"::: {{#{name} .table}}\n{rows}\n\n: {caption}\n:::{notes}"
 
 
 class _Blocks:
@@ -120,7 +60,7 @@ class _Blocks:
         if known in self.shown:
             raise UserError(f"two tables or figures are called {known!r}: give one another name")
         self.shown[known] = content
-        return f"{_BLOCK}{known}{_END}"
+        return block_mark(known)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +123,7 @@ class Exhibit:
 
     def ref(self, kind: Literal["tbl", "fig"]) -> str:
         """`Table 3` with a link, for this evidence's table or figure."""
-        return f"{_REFERENCE}{kind}-{self.name}{_END}"
+        return reference_mark(f"{kind}-{self.name}")
 
 
 def draft(
@@ -242,24 +182,20 @@ def draft(
         "len": len,
         "link": link,
         "machines": machines,
+        "named": archive.named,
         "notebook": notebook,
         "presentation": load_presentation,
         "problems": problems,
-        "ref": lambda name: f"{_REFERENCE}{name}{_END}",
+        "ref": reference_mark,
         "show": blocks.show,
         "store": store,
         "together": together,
     }
     text = _rendered(environment, template, templates)
-    text = re.sub(r"\n{3,}", "\n\n", text.strip()) + "\n"
-    numbered = {mark[1]: blocks.shown[mark[1]] for mark in _BLOCK_MARK.finditer(text)}
-    for mark in _REFERENCE_MARK.finditer(text):
-        if mark[1] not in numbered:
-            raise UserError(
-                f"{_where_named(mark[1], templates)} refers to {mark[1]!r}, which is not shown: "
-                f"{', '.join(numbered) or 'no table or figure'} can be referred to"
-            )
-    return Draft(text, numbered)
+    try:
+        return Draft.of(text, blocks.shown)
+    except DanglingReference as error:
+        raise UserError(f"{_where_named(error.name, templates)}: {error}") from error
 
 
 def _relative(target: Path, folder: Path) -> str:
@@ -343,7 +279,7 @@ def _where_named(reference: str, templates: Path) -> str:
     for path in sorted(templates.rglob("*.md")):
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
             if reference in line:
-                return f"{path.relative_to(templates)}, line {number},"
+                return f"{path.relative_to(templates)}, line {number}"
         if reference.partition("-")[2].startswith(f"{path.stem}-"):
             return str(path.relative_to(templates))
     return "a template"

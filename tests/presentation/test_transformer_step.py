@@ -304,3 +304,11 @@ def test_a_figure_of_a_grid_with_holes_shows_what_there_is() -> None:
 def test_published_records_of_nobody_are_a_sentence() -> None:
     assert "No machine has published records" in str(presentation.elsewhere(pd.DataFrame()))
     assert "toy-1c" in str(presentation.elsewhere(summary(row())))
+
+
+@pytest.mark.parametrize("status", ["missing", "oom", "failed"])
+def test_a_table_of_nothing_but_cases_without_a_time_is_still_a_table(status: str) -> None:
+    text = str(presentation.table(summary(missing(status=status), missing(status=status, phase="step"))))
+    assert len(re.findall(rf"\| +{status} \|", text)) == 2
+    assert "MiB" not in text
+    assert f"{status}: forward of small at context 128; step of small at context 128" in text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -43,7 +44,7 @@ def row(warmup: int, *, first: float = 30.0, std_ms: float = 0.1, **changes: Any
 
 
 def missing(warmup: int) -> dict[str, Any]:
-    nothing = {"mean_ms": NAN, "std_ms": NAN, "median_ms": NAN, "steps_ms": []}
+    nothing: dict[str, Any] = {"mean_ms": NAN, "std_ms": NAN, "median_ms": NAN, "steps_ms": []}
     return row(warmup, status="missing", reason="run `what measures it`", **nothing)
 
 
@@ -102,9 +103,9 @@ def test_a_figure_has_a_line_per_number_of_warm_ups_with_hollow_warm_ups_and_the
     assert panel.get_title() == "forward, mini, context 128"
     labels = ["0 warm-ups", "1 warm-up", "5 warm-ups", "hollow: a warm-up step", "floor"]
     assert panel.get_legend_handles_labels()[1] == labels
-    hollow = [len(line.get_xdata()) for line in panel.lines if line.get_markerfacecolor() == "white"]
+    hollow = [len(np.ravel(line.get_xdata())) for line in panel.lines if line.get_markerfacecolor() == "white"]
     assert [count for count in hollow if count] == [1, 5]
-    assert [list(line.get_ydata()) for line in panel.lines if line.get_label() == "floor"] == [[5.0, 5.0]]
+    assert [np.ravel(line.get_ydata()).tolist() for line in panel.lines if line.get_label() == "floor"] == [[5.0, 5.0]]
 
 
 def test_a_figure_leaves_out_what_is_missing_and_is_drawn_even_of_nothing() -> None:

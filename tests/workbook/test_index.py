@@ -174,7 +174,7 @@ def test_a_handout_of_another_year_is_an_error_that_lists_the_known() -> None:
         load_index().handout("2024")
 
 
-@pytest.mark.parametrize(("column", "year"), enumerate(indices.YEARS))
+@pytest.mark.parametrize(("column", "year"), [*enumerate(indices.YEARS)])
 def test_the_problems_of_a_year_are_those_that_its_handout_gives_points_for(column: int, year: str) -> None:
     asked = {name for name, points in POINTS.items() if points[column] is not None}
     found = [problem.id for problem in load_index().problems_of(year)]

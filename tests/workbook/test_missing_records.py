@@ -27,14 +27,13 @@ Row = dict[str, str]
 def record_places() -> list[tuple[str, str]]:
     """File and key of every published record."""
     data = repository_root() / "data"
-    places = []
-    for path in sorted(data.glob("*/*.jsonl")):
-        if path.parent.name == "local":
-            continue
-        for line in map(json.loads, path.read_text().splitlines()):
-            if line["kind"] == "case":
-                places.append((path.relative_to(data).as_posix(), case_key(line["case"])))
-    return places
+    return [
+        (path.relative_to(data).as_posix(), case_key(line["case"]))
+        for path in sorted(data.glob("*/*.jsonl"))
+        if path.parent.name != "local"
+        for line in map(json.loads, path.read_text().splitlines())
+        if line["kind"] == "case"
+    ]
 
 
 def _number(place: tuple[str, str]) -> int:
@@ -102,7 +101,8 @@ def without_one(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     file, key = request.param
     store = copy_of_published(tmp_path_factory.mktemp("checkout"))
     path = store.published / file
-    kept, taken = [], []
+    kept: list[str] = []
+    taken: list[str] = []
     for line in path.read_text().splitlines():
         content = json.loads(line)
         is_it = content["kind"] == "case" and case_key(content["case"]) == key

@@ -1,0 +1,263 @@
+"""What is wrong with a template is told by its file and line, and what is right becomes Markdown for each reader."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from step_records import record_of
+from writeup_records import (
+    TOY,
+    anchors_of,
+    laptop_case,
+    links_of,
+    peak_records,
+    publish,
+    record_here,
+    small_draft,
+)
+
+from cs336_systems.bench.records import Store
+from cs336_systems.errors import UserError
+from cs336_systems.presentation import transformer_step as presentation
+from cs336_systems.workbook.evidence import Archive
+from cs336_systems.workbook.index import load_index
+from cs336_systems.workbook.writeup import Draft, draft
+
+INDEX = load_index()
+HERE = '<% set here = machines("transformer_step", "p")[0] %>\n'
+MEASURED = 'here.case(size="tiny", context_length=128, phase="step")'
+Render = Callable[..., Draft]
+
+
+@pytest.fixture
+def render(store: Store, tmp_path: Path) -> Render:
+    """Renders a template, with others beside it, from one machine's record of one case."""
+    publish(store, TOY, [record_of(laptop_case())])
+    publish(store, TOY, peak_records(TOY), "machine_peaks")
+
+    def rendered(text: str, others: dict[str, str] | None = None, **options: Any) -> Draft:
+        for name, content in {"page.md": text, **(others or {})}.items():
+            path = tmp_path / "templates" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content, encoding="utf-8")
+        archive = Archive(store, INDEX, handout=options.get("handout"))
+        return draft(
+            archive, store, INDEX, folder=tmp_path, template="page.md", templates=tmp_path / "templates", **options
+        )
+
+    return rendered
+
+
+# Faults of templates -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("<< nothing >>", "'nothing' is undefined"),
+        ("<< handout.year >>", "'None' has no attribute 'year'"),
+        ("<% if %>", "Expected an expression"),
+        ("<% endfor %>", "unknown tag 'endfor'"),
+        ("<< 1 | nofilter >>", "nofilter"),
+        ('<% for here in machines("warmpu", "p") %><% endfor %>', "unknown experiment 'warmpu': did you mean 'warmup'"),
+        ('<< presentation("warmpu").table >>', "warmpu"),
+        ('<% include "problems/none.md" %>', "there is no template problems/none.md"),
+        ("<< machines() >>", "missing"),
+        ("<< 1 + 'a' >>", "TypeError"),
+        ("<< 1 // 0 >>", "ZeroDivisionError"),
+        ('<< link("none.py") >>', "there is no none.py to link to"),
+        ('<< index.handout("2027") >>', "unknown year '2027'"),
+        (f"<< {MEASURED}.mean_mss >>", "mean_mss"),
+        ('<< here.case(siz="tiny") >>', "unknown column 'siz'"),
+        ('<< here.case(size="tiny") >>', "say which"),
+        ('<< here.where(siz="tiny").table() >>', "unknown column 'siz'"),
+        ("<< here.tabel() >>", "tabel"),
+        ('<< here.table("tabel") >>', "tabel"),
+        ('<< together("transformer_step", siz="tiny") >>', "siz"),
+        ('<< here.case(size="mini", phase="step").mean_ms >>', "between <% sentence %> and <% endsentence %>"),
+        ("<< here.table() >><< here.table() >>", "two tables or figures are called 'tbl-p-transformer_step-toy-1c'"),
+    ],
+)
+def test_a_fault_of_a_template_is_one_line_that_names_its_file_and_line(render: Render, line: str, told: str) -> None:
+    with pytest.raises(UserError) as caught:
+        render(f"{HERE}\nA paragraph.\n{line}\n")
+    message = str(caught.value)
+    assert message.startswith("page.md, line 4: ")
+    assert told in message
+    assert "\n" not in message
+
+
+def test_a_fault_of_an_included_template_names_the_included_one(render: Render) -> None:
+    with pytest.raises(UserError, match=r"^problems/part\.md, line 2: .*'nothing' is undefined$"):
+        render('<% include "problems/part.md" %>\n', {"problems/part.md": "A line.\n<< nothing >>\n"})
+
+
+def test_a_syntax_error_of_an_included_template_names_the_included_one(render: Render) -> None:
+    with pytest.raises(UserError, match=r"^problems/part\.md, line 2: "):
+        render('<% include "problems/part.md" %>\n', {"problems/part.md": "A line.\n<% if %>\n"})
+
+
+def test_a_document_whose_template_is_not_there_is_an_error(store: Store, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"there is no template none\.md"):
+        draft(Archive(store, INDEX), store, INDEX, folder=tmp_path, template="none.md", templates=tmp_path)
+
+
+def test_a_template_that_is_no_utf_8_is_an_error(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "page.md").write_bytes(b"\xff\xfe\xfa")
+    with pytest.raises(UserError, match=r"page\.md"):
+        draft(Archive(store, INDEX), store, INDEX, folder=tmp_path, template="page.md", templates=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tbl-p-transformer_step-toy-1c", "fig-none"])
+def test_a_reference_to_what_is_not_shown_names_template_and_line(render: Render, name: str) -> None:
+    with pytest.raises(UserError, match=rf"^page\.md, line 2, refers to '{name}', which is not shown: "):
+        render(f'A line.\n<< ref("{name}") >>\n')
+
+
+def test_a_reference_that_is_put_together_is_an_error_too(render: Render) -> None:
+    with pytest.raises(UserError, match="refers to 'tbl-p-transformer_step-toy-1c', which is not shown"):
+        render(f'{HERE}<< here.ref("tbl") >>\n')
+
+
+def test_a_table_and_a_figure_may_have_one_name(render: Render) -> None:
+    assert list(render(f"{HERE}<< here.table() >>\n\n<< here.figure() >>\n").blocks) == [
+        "tbl-p-transformer_step-toy-1c",
+        "fig-p-transformer_step-toy-1c",
+    ]
+
+
+@pytest.mark.parametrize("error", [TypeError, KeyError, ValueError, AttributeError, RuntimeError])
+def test_a_defect_of_the_package_keeps_its_traceback(
+    render: Render, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    def defective(_: object) -> None:
+        raise error("a defect")
+
+    monkeypatch.setattr(presentation, "table", defective)
+    with pytest.raises(error, match="a defect") as caught:
+        render(f"{HERE}<< here.table() >>\n")
+    assert not isinstance(caught.value, UserError)
+
+
+# Sentences -----------------------------------------------------------------------------------------------------
+
+
+def test_a_sentence_with_its_record_is_said(render: Render) -> None:
+    text = f"{HERE}<% sentence %>\nIt took << number({MEASURED}.mean_ms) >> ms.\n<% endsentence %>\n"
+    assert render(text).text == "It took 3.00 ms.\n"
+
+
+def test_a_sentence_that_lacks_its_record_says_what_to_run_and_nothing_else(render: Render) -> None:
+    case = 'here.case(size="mini", phase="step")'
+    text = f"{HERE}<% sentence %>\nIt took << number({case}.mean_ms) >> ms.\n<% endsentence %>\nThe end.\n"
+    said = render(text).text
+    assert "It took" not in said
+    assert "run `python scripts/measure.py transformer_step` on toy-1c" in said
+    assert said.endswith("The end.\n")
+
+
+def test_a_sentence_with_a_misspelt_name_is_a_fault_and_no_missing_record(render: Render) -> None:
+    with pytest.raises(UserError, match=r"^page\.md, line 3: .*'nothing' is undefined$"):
+        render(f"{HERE}<% sentence %>\n<< nothing >>\n<% endsentence %>\n")
+
+
+def test_there_is_no_figure_of_a_grid_without_a_single_time(render: Render) -> None:
+    text = render(f'{HERE}<< here.where(size="mini").figure() >>\n').text
+    assert text == "There is nothing to draw: no case of this grid is measured on toy-1c.\n"
+
+
+def test_own_records_say_so_in_title_and_captions(render: Render, store: Store) -> None:
+    record_here(store, [record_of(laptop_case())], machine=TOY)
+    text = (
+        '<% for here in machines("transformer_step", "p") %>\n# << here.title >>\n\n<< here.table() >>\n<% endfor %>\n'
+    )
+    shown = render(text).markdown("github", "figures")
+    assert [line for line in shown.splitlines() if line.startswith("# ")] == [
+        "# toy-1c, this checkout",
+        "# toy-1c, published",
+    ]
+    assert [line.endswith("(this checkout)") for line in shown.splitlines() if line.startswith("**Table")] == [
+        True,
+        False,
+    ]
+
+
+# Numbers and references ----------------------------------------------------------------------------------------
+
+SEVERAL = (
+    f"{HERE}See << here.ref('tbl') >> and << here.ref('fig') >> and << ref('tbl-first') >>.\n\n"
+    "<< show('first', presentation('transformer_step').table(here.evidence.summary)) >>\n\n"
+    "<< here.figure() >>\n\n<< here.table() >>\n\nAbove: << ref('tbl-first') >>.\n"
+)
+
+
+def test_tables_and_figures_are_numbered_apart_as_they_appear(render: Render) -> None:
+    document = render(SEVERAL)
+    assert [(name, document.label(name)) for name in document.blocks] == [
+        ("tbl-first", "Table 1"),
+        ("fig-p-transformer_step-toy-1c", "Figure 1"),
+        ("tbl-p-transformer_step-toy-1c", "Table 2"),
+    ]
+
+
+def test_the_order_of_numbers_is_that_of_the_text_and_not_that_of_the_calls(render: Render) -> None:
+    document = render(
+        f"{HERE}<% set late = here.table() %>\n"
+        "<< show('first', presentation('transformer_step').table(here.evidence.summary)) >>\n\n<< late >>\n"
+    )
+    assert [document.label(name) for name in ("tbl-first", "tbl-p-transformer_step-toy-1c")] == ["Table 1", "Table 2"]
+
+
+@pytest.mark.parametrize("flavour", ["github", "html", "typst"])
+def test_references_carry_the_numbers_of_what_they_name_forward_ones_too(render: Render, flavour: Any) -> None:
+    text = render(SEVERAL).markdown(flavour, "figures")
+    assert (
+        "See [Table 2](#tbl-p-transformer_step-toy-1c) and [Figure 1](#fig-p-transformer_step-toy-1c) "
+        "and [Table 1](#tbl-first)." in text
+    )
+    assert "Above: [Table 1](#tbl-first)." in text
+    assert [text.count(f"**{label}.**") for label in ("Table 1", "Table 2", "Figure 1")] == [1, 1, 1]
+
+
+# Flavours ------------------------------------------------------------------------------------------------------
+
+
+def test_for_github_no_attribute_or_div_of_pandoc_is_left() -> None:
+    text = small_draft().markdown("github", "figures")
+    assert "{#" not in text
+    assert ":::" not in text
+
+
+def test_for_github_every_link_within_the_text_has_its_anchor() -> None:
+    text = small_draft().markdown("github", "figures")
+    inside = {target[1:] for target in links_of(text) if target.startswith("#")}
+    assert inside == {"fig-line", "tbl-squares", "end", "word"}
+    assert inside <= anchors_of(text)
+
+
+def test_for_github_an_anchor_stands_before_its_heading() -> None:
+    text = small_draft().markdown("github", "figures")
+    assert '<a id="first"></a>\n\n# First\n' in text
+    assert 'A <a id="word"></a>word and' in text
+
+
+@pytest.mark.parametrize("flavour", ["html", "typst"])
+def test_for_pandoc_headings_words_tables_and_figures_keep_their_ids(flavour: Any) -> None:
+    text = small_draft().markdown(flavour, "figures")
+    for each in ("# First {#first}", "[word]{#word}", "::: {#tbl-squares ", "(figures/line.svg){#fig-line}"):
+        assert each in text
+
+
+@pytest.mark.parametrize("flavour", ["github", "html", "typst"])
+def test_figures_are_looked_for_in_the_folder_that_is_named(flavour: Any) -> None:
+    assert "(some/where/line.svg)" in small_draft().markdown(flavour, "some/where")
+
+
+@pytest.mark.parametrize("flavour", ["github", "html", "typst"])
+def test_no_mark_is_left_and_what_stands_below_a_table_is_told_once(flavour: Any) -> None:
+    text = small_draft().markdown(flavour, "figures")
+    assert not set("\ue000\ue001\ue002") & set(text)
+    assert text.count("A note below.") == 1
