@@ -13,6 +13,7 @@ import dataclasses
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -52,9 +53,14 @@ class Case:
         return f"{self.operation} {self.precision}"
 
 
-def grid(*, device: str = "auto") -> list[grids.Cell[Case]]:
-    """Products in every precision and both streams, on `device`."""
+def grid(*, device: str = "auto", instruction_sets: Sequence[str] | None = None) -> list[grids.Cell[Case]]:
+    """Products in every precision and both streams, on `device`.
+
+    `instruction_sets`: a CPU's; by default this machine's.
+    """
     device = resolve_device(device)
+    if device == "cpu" and instruction_sets is None:
+        instruction_sets = this_machine("cpu").description["instruction_sets"]
     precisions = ["float32", "bfloat16", "float16", *(["tf32"] if device == "cuda" else [])]
     products = grids.product(
         Case,
@@ -62,7 +68,7 @@ def grid(*, device: str = "auto") -> list[grids.Cell[Case]]:
         precision=precisions,
         side=_SIDES[device],
         device=device,
-        skip=_no_instruction,
+        skip=partial(_no_instruction, instruction_sets=frozenset(instruction_sets or ())),
     )
     streams = grids.product(
         Case, operation=["copy", "sum"], precision="float32", side=_STREAM_BYTES[device], device=device
@@ -70,10 +76,10 @@ def grid(*, device: str = "auto") -> list[grids.Cell[Case]]:
     return products + streams
 
 
-def _no_instruction(case: Case) -> str | None:
+def _no_instruction(case: Case, instruction_sets: frozenset[str]) -> str | None:
     """Half-precision products are emulated, a thousand times slower, on a CPU without instructions for them."""
     needed = {"bfloat16": {"avx512_bf16", "amx_bf16"}, "float16": {"avx512_fp16", "amx_fp16"}}.get(case.precision)
-    if case.device != "cpu" or needed is None or needed & set(this_machine("cpu").description["instruction_sets"]):
+    if case.device != "cpu" or needed is None or needed & instruction_sets:
         return None
     return f"this CPU has no instructions for {case.precision} products"
 
@@ -130,16 +136,17 @@ def summarise(
                 "unit": "FLOP/s" if is_product else "B/s",
                 "how": record.case["operation"],
                 "rate": _best_rate(record) if record.status == "ok" else math.inf,
+                "lacks": record.reason or "",
                 "machine": record.machine,
                 "device_name": record.fingerprint.get("device"),
             }
         )
     if not rows:
-        return pd.DataFrame(columns=["what", "unit", "how", "rate", "machine", "device_name", "published"])
+        return pd.DataFrame(columns=["what", "unit", "how", "rate", "lacks", "machine", "device_name", "published"])
     best = pd.DataFrame(rows).sort_values("rate", ascending=False).drop_duplicates(["what", "how"])
     best = best.sort_values(["unit", "what", "how"], ascending=[False, True, True]).reset_index(drop=True)
     best["rate"] = best["rate"].replace(math.inf, math.nan)  # infinite so far, to win over the sizes that are there
-    best["device_name"] = next((name for name in best["device_name"] if name), "")
+    best["device_name"] = next((name for name in best["device_name"] if isinstance(name, str)), "")
     best["published"] = [_published(row.what, row.device_name) for row in best.itertuples()]
     return best
 

@@ -437,7 +437,7 @@ def summarise(
             "flops": counted or flops.total(work.values()).flops,
             "peak_bytes": describe_memory(record.measurement.values),
             "noise": "; ".join(record.noise.get("flags", [])),
-            "stale": "; ".join(record.stale_reasons(fingerprint)) if fingerprint else "",
+            "stale": "; ".join(record.stale_reasons(fingerprint)) if fingerprint and record.status != "missing" else "",
             **published.beside(
                 case.config,
                 phase=case.phase,

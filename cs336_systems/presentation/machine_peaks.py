@@ -18,7 +18,9 @@ def table(summary: pd.DataFrame) -> Table:
         Column("measured", lambda row: _rate(row.rate, row.unit)),
         Column("datasheet", lambda row: _rate(row.published, row.unit)),
     ]
-    return Table.of(summary, columns, caption=f"What {name} reaches at best")
+    lacking = summary[summary["lacks"] != ""]
+    notes = [f"not known: {', '.join(rows['what'])}; {reason}" for reason, rows in lacking.groupby("lacks", sort=False)]
+    return Table.of(summary, columns, caption=f"What {name} reaches at best", notes=notes)
 
 
 def _rate(rate: float, unit: str) -> str:

@@ -108,7 +108,7 @@ def _memory(rows: pd.DataFrame) -> Column:
     """A GPU's allocator counts tensors; a CPU's resident set also what libraries and the C allocator keep."""
     kinds = set(rows["device"]) if len(rows) else set()
     heading = {frozenset({"cuda"}): "peak allocated", frozenset({"cpu"}): "resident growth"}.get(frozenset(kinds))
-    return Column(f"{heading or 'peak memory'} (MiB)", lambda row: number(row.peak_bytes / 2**20))
+    return Column(f"{heading or 'peak memory'} (MiB)", lambda row: number(row.peak_bytes and row.peak_bytes / 2**20))
 
 
 def _choice(row: Any, name: str) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from cs336_systems.errors import UserError, unknown_name
+from cs336_systems.errors import UserError, first_line, unknown_name
 from cs336_systems.files import write_atomically
 from cs336_systems.workbook.draft import Draft
 from cs336_systems.workbook.writeup import templates_folder
@@ -167,8 +167,10 @@ def notebook_page(executed: Path, title: str) -> bytes:
 
     try:
         notebook = nbformat.read(executed, as_version=4)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the executed notebook {executed}: {error}") from error
+    except Exception as error:  # of a damaged file nbformat raises errors of many kinds
+        raise UserError(f"cannot read the executed notebook {executed}: {first_line(error)}") from error
+    if not (templates_folder() / "notebook").is_dir():
+        raise UserError(f"pages of notebooks need their template, the folder {templates_folder() / 'notebook'}")
     exporter = HTMLExporter(template_name="notebook", extra_template_basedirs=[str(templates_folder())])
     stock = exporter.markdown2html
 

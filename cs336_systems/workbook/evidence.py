@@ -23,7 +23,7 @@ from cs336_systems.bench.grid import Cell
 from cs336_systems.bench.machine import Machine, this_machine
 from cs336_systems.bench.records import Record, Store, case_key, missing_record
 from cs336_systems.errors import UserError, unknown_name
-from cs336_systems.experiments import load_experiment, machine_peaks
+from cs336_systems.experiments import grid_parameters, load_experiment, machine_peaks
 from cs336_systems.workbook.index import Handout, Index
 from cs336_systems.workbook.plan import lay_out
 from cs336_systems.workbook.profiles import LAPTOP, experiments_of, load_profile, profile_names
@@ -206,7 +206,10 @@ class Archive:
         arguments: Mapping[str, Any] = experiments_of(self._asking(machine, origin), self._index).get(experiment, {})
         if origin == "this checkout":
             arguments = self._grids.get(experiment, arguments)
-        return lay_out(experiment, {**arguments, "device": machine.device})
+        # What a grid asks of the hardware is that machine's, not this one's.
+        described = {name: machine.description.get(name) for name in grid_parameters(load_experiment(experiment))}
+        own = {name: value for name, value in described.items() if value is not None}
+        return lay_out(experiment, {**arguments, **own, "device": machine.device})
 
     def _asking(self, machine: Machine, origin: Origin) -> str:
         """The profile that asks a machine for records: for this checkout's, the one that was run, unless for a GPU."""

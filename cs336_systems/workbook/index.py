@@ -183,7 +183,7 @@ def readme_index(index: Index) -> str:
             shown,
             _links(problem.code),
             _links(problem.tests),
-            f"[section](writeup/writeup.md#{problem.id})" if problem.state == "built" else MISSING,
+            f"[section](writeup/writeup.md#{problem.id})",
             problem.state,
         )
         lines.append(f"| {' | '.join(cells)} |")

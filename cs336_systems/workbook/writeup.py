@@ -26,7 +26,7 @@ import pandas as pd
 from cs336_systems.bench import report
 from cs336_systems.bench.records import Store
 from cs336_systems.bench.report import Finding, Findings, Picture, Table
-from cs336_systems.errors import UserError, first_line
+from cs336_systems.errors import UserError, first_line, unknown_name
 from cs336_systems.experiments import load_experiment
 from cs336_systems.presentation import load_presentation
 from cs336_systems.repository import repository_root
@@ -112,7 +112,13 @@ class Exhibit:
         return str(self._present(function))
 
     def _present(self, function: str) -> Any:
-        content = getattr(load_presentation(self.evidence.experiment), function)(self.evidence.shown)
+        module = load_presentation(self.evidence.experiment)
+        if not hasattr(module, function):
+            known = [
+                name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__
+            ]
+            raise unknown_name("function", function, [name for name in known if not name.startswith("_")])
+        content = getattr(module, function)(self.evidence.shown)
         if self.evidence.origin == "published" or not isinstance(content, Table | Picture):
             return content
         return dataclasses.replace(content, caption=f"{content.caption} (this checkout)")
@@ -157,11 +163,8 @@ def draft(
 
     def together(experiment: str, **fields: Any) -> pd.DataFrame:
         """The rows of all machines that have these values; machines stay apart by their column."""
-        rows = [evidence.shown for evidence in archive.machines(experiment)]
-        joined = pd.concat(rows, ignore_index=True) if rows else pd.DataFrame()
-        for name, value in fields.items():
-            joined = joined[joined[name] == value] if len(joined) else joined
-        return joined
+        rows = [evidence.where(**fields).shown for evidence in archive.machines(experiment)]
+        return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame()
 
     def link(path: str, text: str | None = None) -> str:
         target = repository_root() / path
@@ -260,7 +263,9 @@ def _rendered(environment: jinja2.Environment, template: str, templates: Path) -
     except UserError as error:
         place = _place(error, templates)
         raise UserError(f"{place}: {error}" if place else str(error)) from error
-    except (jinja2.TemplateError, TypeError, AttributeError, LookupError, ValueError) as error:
+    except UnicodeDecodeError as error:
+        raise UserError(f"{_place(error, templates) or template}: a template is not UTF-8: {error}") from error
+    except (jinja2.TemplateError, TypeError, AttributeError, LookupError, ValueError, ArithmeticError) as error:
         place, arose_in = _place(error, templates), Path(traceback.extract_tb(error.__traceback__)[-1].filename)
         if place is None or not (arose_in.is_relative_to(templates) or "jinja2" in arose_in.parts):
             raise  # a fault of the package's code, not of a template

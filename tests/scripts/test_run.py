@@ -1,4 +1,4 @@
-"""scripts/run.py executes notebooks, renders the writeup, leaves the checkout as it was, and tells mistakes in a line."""
+"""scripts/run.py executes notebooks, renders the writeup, leaves the checkout as it was, tells mistakes in one line."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from cs336_systems.bench.records import Measurement, Record, Store
 from cs336_systems.bench.report import Picture, Table
 from cs336_systems.experiments import machine_peaks, transformer_step
 from cs336_systems.repository import repository_root
-from cs336_systems.workbook.writeup import _BLOCK, _END, _REFERENCE, Draft
+from cs336_systems.workbook.draft import Draft, block_mark, reference_mark
 
 TOY = Machine("toy-1c", "cpu", {"device_name": "Toy", "device_count": 1, "cores": 1, "cache_bytes": 2**20})
 H200 = Machine(
@@ -83,16 +83,6 @@ def copy_of_published(folder: Path) -> Store:
 # Documents -----------------------------------------------------------------------------------------------------
 
 
-def mark(name: str) -> str:
-    """Where a table or figure stands in a draft."""
-    return f"{_BLOCK}{name}{_END}"
-
-
-def reference(name: str) -> str:
-    """Where a draft refers to a table or figure."""
-    return f"{_REFERENCE}{name}{_END}"
-
-
 def small_table(rows: int = 2, caption: str = "Squares") -> Table:
     cells = tuple((f"row-{number}", str(number**2)) for number in range(rows))
     return Table(caption, ("number", "its square"), cells, ("left", "right"), ("A note below.",))
@@ -108,9 +98,9 @@ def small_draft(*, rows: int = 2, more: str = "") -> Draft:
     """A document with a heading of each kind, mathematics, a table, a figure and references to both."""
     text = (
         "# A small document\n\n"
-        f"See {reference('fig-line')} and {reference('tbl-squares')}, and [the end](#end).\n\n"
+        f"See {reference_mark('fig-line')} and {reference_mark('tbl-squares')}, and [the end](#end).\n\n"
         "# First {#first}\n\n$$ t \\ge \\frac{F}{R} $$\n\nwith $F$ the work.\n\n"
-        f"{mark('tbl-squares')}\n\n{mark('fig-line')}\n\n{more}\n\n"
+        f"{block_mark('tbl-squares')}\n\n{block_mark('fig-line')}\n\n{more}\n\n"
         "# The end {#end}\n\nA [word]{#word} and [back](#word).\n"
     )
     blocks: dict[str, Table | Picture] = {"tbl-squares": small_table(rows), "fig-line": Picture("A line", draw_a_line)}

@@ -12,13 +12,13 @@ from pathlib import Path
 import nbformat
 import pytest
 from pypdf import PdfReader
-from writeup_records import mark, small_draft, small_table
+from writeup_records import small_draft, small_table
 
 from cs336_systems.bench.report import Picture
 from cs336_systems.errors import UserError
 from cs336_systems.workbook import documents
 from cs336_systems.workbook.documents import converted, notebook_page, write_all
-from cs336_systems.workbook.writeup import Draft
+from cs336_systems.workbook.draft import Draft, block_mark
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +171,7 @@ def test_a_tool_that_is_missing_is_an_error_that_says_what_to_install(
 
 def test_every_character_that_a_table_may_hold_comes_through() -> None:
     odd = dataclasses.replace(small_table(), rows=(("a|b * _c_ <d> $e$ #f @g ~h^i", "1"),), caption="Odd: 100 % of $5")
-    files = converted(Draft(f"# Odd\n\n{mark('tbl-odd')}\n", {"tbl-odd": odd}), "page", ["html", "pdf"])
+    files = converted(Draft(f"# Odd\n\n{block_mark('tbl-odd')}\n", {"tbl-odd": odd}), "page", ["html", "pdf"])
     pdf = "\n".join(page.extract_text() for page in PdfReader(io.BytesIO(files["page.pdf"])).pages)
     assert "100 % of $5" in pdf
     assert "100 % of $5" in files["page.html"].decode()
