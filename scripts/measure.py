@@ -12,14 +12,16 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from cs336_systems.bench import sweep
+from cs336_systems.bench.grid import Cell
 from cs336_systems.bench.records import Store
 from cs336_systems.errors import HelpFormatter, UserError, run_command
 from cs336_systems.experiments import experiment_names, load_experiment, machine_peaks
 from cs336_systems.presentation import load_presentation
 from cs336_systems.workbook.index import load_index
-from cs336_systems.workbook.plan import lay_out
+from cs336_systems.workbook.plan import lay_out_all
 from cs336_systems.workbook.profiles import LAPTOP, experiments_of, load_profile, local_data
 
 
@@ -36,25 +38,23 @@ def main(argv: list[str] | None) -> int:
     of_profile = experiments_of(arguments.profile, load_index())
     for name in arguments.experiments:
         load_experiment(name)  # a misspelt name ends the run before anything is measured
-    chosen = {name: of_profile.get(name, {}) for name in (of_profile if arguments.all else arguments.experiments)}
-    if arguments.device is not None:
-        chosen = {name: values | {"device": arguments.device} for name, values in chosen.items()}
-    for name, values in chosen.items():  # a mistake in the last experiment is told before the first is measured
-        lay_out(name, values, here=True)
+    chosen = {name: of_profile.get(name, [{}]) for name in (of_profile if arguments.all else arguments.experiments)}
+    device = {} if arguments.device is None else {"device": arguments.device}
+    # A mistake in the last experiment is told before the first is measured.
+    cells = {name: lay_out_all(name, [each | device for each in grids], here=True) for name, grids in chosen.items()}
     failed = 0
     with local_data(arguments.profile, arguments.data_dir) as is_temporary:
-        for name, values in chosen.items():
-            failed += measure(name, values, arguments.remeasure, Store.default())
+        for name in chosen:
+            failed += measure(name, cells[name], arguments.remeasure, Store.default())
         if is_temporary:
             print("Those records were temporary and are gone now; --data-dir FOLDER keeps them.")
     return 1 if failed else 0
 
 
-def measure(name: str, grid_arguments: dict[str, object], remeasure: bool, store: Store) -> int:
-    """Measure one experiment and print its table; returns how many cases failed."""
+def measure(name: str, cells: list[Cell[Any]], remeasure: bool, store: Store) -> int:
+    """Measure the cases of one experiment and print its table; returns how many failed."""
     experiment = load_experiment(name)
-    cells = experiment.grid(**grid_arguments)
-    outcome = sweep.run(experiment, cells, store=store, remeasure=remeasure, parameters=grid_arguments)
+    outcome = sweep.run(experiment, cells, store=store, remeasure=remeasure)
     peaks = None
     if experiment is not machine_peaks and cells:
         peaks = machine_peaks.ensure_peaks(cells[0].case.device, store)

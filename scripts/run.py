@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import shlex
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from cs336_systems.errors import HelpFormatter, UserError, run_command
 from cs336_systems.repository import repository_root
 from cs336_systems.workbook.documents import require_tools
 from cs336_systems.workbook.editions import build, build_folder, executed_notebooks
+from cs336_systems.workbook.evidence import Archive
 from cs336_systems.workbook.index import Index, Notebook, load_index
 from cs336_systems.workbook.plan import ASSUMED_SLOWDOWN, lay_out, plan_experiment
 from cs336_systems.workbook.profiles import (
@@ -75,23 +78,41 @@ def main(argv: list[str] | None) -> int:
             if arguments.fail_fast and not runs[-1].ok:
                 break
         print(f"\n{runs_table(runs)}\n")
-        written = arguments.no_writeup or render(profile.name, index, parameters, runs)
         print_places(is_temporary)
+        written = arguments.no_writeup or render(profile.name, index, parameters, runs, is_temporary)
     return 0 if written and all(run.ok for run in runs) else 1
 
 
-def render(profile: str, index: Index, parameters: dict[Notebook, dict[str, object]], runs: list[NotebookRun]) -> bool:
+def render(
+    profile: str,
+    index: Index,
+    parameters: dict[Notebook, dict[str, object]],
+    runs: list[NotebookRun],
+    is_temporary: bool,
+) -> bool:
     """Render the writeup with the records of this run, and say where it is; whether it could be."""
     store = Store.default()
-    grids = {name: grid_arguments(book, name, given) for book, given in parameters.items() for name in book.experiments}
+    grids: dict[str, list[dict[str, object]]] = {}
+    for notebook, given in parameters.items():
+        for name in notebook.experiments:
+            grids.setdefault(name, []).append(grid_arguments(notebook, name, given))
     executed = executed_notebooks(store, index, profile) | {run.notebook.name: run.output for run in runs if run.ok}
+    safe = "" if is_temporary else " Every record is saved."
     try:
-        paths = build(store, index, folder=build_folder(profile, None), profile=profile, grids=grids, executed=executed)
+        archive = Archive(store, index, profile=profile, run=grids, command=called_as())
+        paths = build(archive, folder=build_folder(profile, None), executed=executed)
     except UserError as error:
-        print(f"the writeup was not rendered: {error}\nEvery record is safe; `python scripts/writeup.py` tries again.")
+        print(f"the writeup was not rendered: {error}.{safe}")
         return False
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"the writeup was not rendered.{safe}") from None
     print(f"writeup: {', '.join(shown_path(path) for path in paths)}")
     return True
+
+
+def called_as() -> str:
+    """The command of this run, which measures what is missing when it is given again."""
+    return shlex.join(["python", "scripts/run.py", *sys.argv[1:]]).replace("{", "{{").replace("}", "}}")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

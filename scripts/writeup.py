@@ -24,6 +24,7 @@ from cs336_systems.workbook.editions import (
     executed_notebooks,
     write_committed,
 )
+from cs336_systems.workbook.evidence import Archive
 from cs336_systems.workbook.index import Index, load_index
 from cs336_systems.workbook.profiles import LAPTOP, load_profile
 
@@ -31,27 +32,34 @@ from cs336_systems.workbook.profiles import LAPTOP, load_profile
 def main(argv: list[str] | None) -> int:
     arguments = parse(argv)
     index = load_index()
-    if arguments.check and not arguments.committed:
-        raise UserError("--check compares the committed edition: give --committed as well")
     if arguments.committed:
+        other = [name for name, value in vars(arguments).items() if value and name not in ("committed", "check")]
+        if other:
+            raise UserError(f"the committed edition is always the same: leave out {', '.join(map(option, other))}")
         require_tools()
         return update_committed(index, check=arguments.check)
-    require_tools(arguments.format)
-    load_profile(arguments.profile)
+    if arguments.check:
+        raise UserError("--check compares the committed edition: give --committed as well")
+    formats = arguments.format or FORMATS
+    require_tools(formats)
+    if arguments.profile is not None:
+        load_profile(arguments.profile)
+    handout = index.handout(arguments.year) if arguments.year else None
     store = Store.default(arguments.data_dir)
     paths = build(
-        store,
-        index,
+        Archive(store, index, own=not arguments.published, profile=arguments.profile, handout=handout),
         folder=arguments.output or build_folder(arguments.profile, arguments.year),
-        profile=None if arguments.published else arguments.profile,
-        year=arguments.year,
-        formats=arguments.format,
-        font=arguments.font,
-        executed={} if arguments.published else executed_notebooks(store, index, arguments.profile),
+        formats=formats,
+        font=arguments.font or FONT,
+        executed={} if arguments.published else executed_notebooks(store, index, arguments.profile or LAPTOP),
     )
     for path in paths:
         print(path.relative_to(repository_root()) if path.is_relative_to(repository_root()) else path)
     return 0
+
+
+def option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def update_committed(index: Index, *, check: bool) -> int:
@@ -68,11 +76,11 @@ def update_committed(index: Index, *, check: bool) -> int:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--year", help="2025 or 2026: that handout's deliverables in its order")
-    parser.add_argument("--format", nargs="+", default=list(FORMATS), help=f"some of {', '.join(FORMATS)}")
+    parser.add_argument("--format", nargs="+", default=[], help=f"some of {', '.join(FORMATS)}; all by default")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="where to, if not writeup/build")
-    parser.add_argument("--profile", default=LAPTOP, help="what this checkout's records are asked for")
+    parser.add_argument("--profile", help="what this checkout's records are asked for, if not what suits the machine")
     parser.add_argument("--published", action="store_true", help="leave this checkout's own records out")
-    parser.add_argument("--font", default=FONT, help=f"of the PDF's text (default: {FONT}, which comes along)")
+    parser.add_argument("--font", help=f"of the PDF's text (default: {FONT}, which comes along)")
     parser.add_argument("--committed", action="store_true", help="write writeup/ and the README's head instead")
     parser.add_argument("--check", action="store_true", help="with --committed: change nothing")
     parser.add_argument("--data-dir", type=Path, help="where this checkout's records are, if not in data/local")

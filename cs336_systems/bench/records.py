@@ -329,6 +329,11 @@ class Store:
                 experiments.append(path.parent.name)
         return found
 
+    def published_machines(self) -> list[str]:
+        """Every machine that has published records of anything."""
+        found = {path.parent.name for path in self.published.glob("*/*.jsonl")}
+        return sorted(found - {"local", "reference"})
+
     def machine(self, name: str, *, published: bool) -> Machine:
         """A machine with records here, as its machine.json describes it."""
         description = _read_json((self.published if published else self.local) / name / "machine.json")

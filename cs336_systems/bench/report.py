@@ -81,6 +81,28 @@ def bytes_in_words(count: float | None) -> str:
     return f"{count:.0f} B"
 
 
+def verbatim(text: str) -> str:
+    """A text from elsewhere, such as an error's message, as Markdown code: nothing in it is markup.
+
+    >>> verbatim("a*b*"), verbatim("say `x`")
+    ('`a*b*`', '`` say `x` ``')
+    """
+    text = " ".join(text.split())
+    if "`" not in text:
+        return f"`{text}`" if text else MISSING
+    fence = "`" * (1 + max(map(len, re.findall("`+", text))))
+    return f"{fence} {text} {fence}"
+
+
+def escaped(text: str) -> str:
+    """A plain text as Markdown that shows it as it stands.
+
+    >>> escaped("my_model:f [2*3]")
+    'my\\_model:f \\[2\\*3\\]'
+    """
+    return re.sub(r"([\\`*_\[\]<>$|#{}~^])", r"\\\1", " ".join(text.split()))
+
+
 def plural(count: int, noun: str) -> str:
     """1 case, 2 cases."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
@@ -107,7 +129,7 @@ class Column:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A caption, headings, rows of text, and notes below. Its text form is aligned Markdown."""
+    """A caption in plain text, headings, rows, and notes below in Markdown. Its text form is aligned Markdown."""
 
     caption: str
     headings: tuple[str, ...]
@@ -148,7 +170,7 @@ class Table:
 
     def to_markdown(self) -> str:
         """The caption in bold, the table, and a paragraph per note."""
-        return "\n".join([f"**{self.caption}**", "", self.pipe_table(), *(f"\n{note}" for note in self.notes)])
+        return "\n".join([f"**{escaped(self.caption)}**", "", self.pipe_table(), *(f"\n{note}" for note in self.notes)])
 
     def __str__(self) -> str:
         return self.to_markdown()

@@ -121,10 +121,10 @@ def summarise(
 ) -> pd.DataFrame:
     """One row per ceiling: the best rate over sizes, and the datasheet's where there is one.
 
-    A ceiling that lacks the record of a size is not known: its rate is NaN. The other arguments are those of every
+    A ceiling that lacks the record of a size is not known: its rate is NaN. `peaks` and `store` are arguments of every
     experiment's `summarise`; a ceiling has no use for them.
     """
-    del peaks, store, fingerprint
+    del peaks, store
     rows = []
     for record in records:
         if record.status not in ("ok", "missing"):
@@ -137,12 +137,14 @@ def summarise(
                 "how": record.case["operation"],
                 "rate": _best_rate(record) if record.status == "ok" else math.inf,
                 "lacks": record.reason or "",
+                "stale": "; ".join(record.stale_reasons(fingerprint)) if fingerprint and record.status == "ok" else "",
                 "machine": record.machine,
                 "device_name": record.fingerprint.get("device"),
             }
         )
     if not rows:
-        return pd.DataFrame(columns=["what", "unit", "how", "rate", "lacks", "machine", "device_name", "published"])
+        columns = ["what", "unit", "how", "rate", "lacks", "stale", "machine", "device_name", "published"]
+        return pd.DataFrame(columns=columns)
     best = pd.DataFrame(rows).sort_values("rate", ascending=False).drop_duplicates(["what", "how"])
     best = best.sort_values(["unit", "what", "how"], ascending=[False, True, True]).reset_index(drop=True)
     best["rate"] = best["rate"].replace(math.inf, math.nan)  # infinite so far, to win over the sizes that are there
@@ -185,16 +187,6 @@ def measured_peaks(records: list[Record], machine: Machine) -> Peaks:
         memory_bytes=psutil.virtual_memory().total,
         source="measured here, fastest of repeated products, copies and sums (experiment machine_peaks)",
     )
-
-
-def published_peaks(machine: str, store: Store) -> Peaks | None:
-    """The ceilings of a machine that published its records: the datasheet's, or those it measured; None without."""
-    described = store.machine(machine, published=True)
-    key = identify_gpu(described.device_name)
-    if key is not None:
-        return GPUS[key]
-    records = store.published_records("machine_peaks").get(machine)
-    return measured_peaks(list(records.values()), described) if records else None
 
 
 def peaks_of(machine: Machine, store: Store | None = None) -> Peaks:

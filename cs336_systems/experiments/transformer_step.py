@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -30,14 +29,12 @@ from cs336_systems.analysis.published import PublishedSteps
 from cs336_systems.analysis.roofline import bound, step_bound
 from cs336_systems.bench import grid as grids
 from cs336_systems.bench.allocator import PeakMemory, available_bytes, describe_memory
-from cs336_systems.bench.fingerprint import source_hashes
 from cs336_systems.bench.machine import resolve_device
 from cs336_systems.bench.records import Measurement, Record, Store
 from cs336_systems.bench.report import bytes_in_words
 from cs336_systems.bench.sweep import OnPart, OutOfMemory
 from cs336_systems.bench.timing import describe, time_steps
 from cs336_systems.errors import UserError, unknown_name
-from cs336_systems.experiments import machine_peaks
 from cs336_systems.loss import FORMULATIONS as LOSSES
 from cs336_systems.model import SIZES, TransformerConfig, build_model, check_choices, model_size
 from cs336_systems.object_reference import is_object_reference
@@ -382,21 +379,6 @@ def predict(cases: Sequence[Case], peaks: Peaks) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
-
-
-def published_summaries(store: Store | None = None) -> pd.DataFrame:
-    """The published records of every machine whose ceilings are known, as one summary; empty if there are none.
-
-    What was measured from another source than today's is marked as stale.
-    """
-    store = store or Store.default()
-    source = {"source": source_hashes(sys.modules[__name__])}
-    summaries = []
-    for machine, records in store.published_records("transformer_step").items():
-        peaks = machine_peaks.published_peaks(machine, store)
-        if peaks is not None:
-            summaries.append(summarise(list(records.values()), peaks, store=store, fingerprint=source))
-    return pd.concat(summaries, ignore_index=True) if summaries else pd.DataFrame()
 
 
 def summarise(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from cs336_systems.analysis.published import A100, H100
+from cs336_systems.analysis.published import A100, H100, PUBLISHED_DECIMALS_MS
 from cs336_systems.bench.report import (
     BOUND,
     COLOURS,
@@ -26,6 +26,7 @@ from cs336_systems.bench.report import (
     number,
     percent,
     plural,
+    verbatim,
     with_deviation,
     within,
 )
@@ -99,7 +100,7 @@ def _times() -> list[Column]:
 
 def _published() -> list[Column]:
     return [
-        Column(f"{A100} (ms)", lambda row: with_deviation(row.a100_ms, row.a100_std_ms)),
+        Column(f"{A100} (ms)", lambda row: published_text(row.a100_ms, row.a100_std_ms)),
         Column(f"{H100} (ms)", lambda row: number(row.h100_ms)),
     ]
 
@@ -139,6 +140,12 @@ def table(summary: pd.DataFrame) -> Table:
     return Table.of(summary, columns, caption=caption(summary), notes=limited + notes_below(summary))
 
 
+def published_text(mean_ms: float, std_ms: float) -> str:
+    """Mean ± deviation with the digits that were published."""
+    decimals = PUBLISHED_DECIMALS_MS
+    return MISSING if mean_ms != mean_ms else f"{mean_ms:,.{decimals}f} ± {std_ms:,.{decimals}f}"
+
+
 def measured_text(row: Any) -> str:
     """Mean ± standard deviation with its marks, or why there is none."""
     if row.status != "ok":
@@ -152,7 +159,7 @@ def caption(summary: pd.DataFrame) -> str:
         return "No records"
     first = summary.iloc[0]
     settings = [circumstances(summary), f"batch {first['batch_size']}", *_shared_choices(summary)]
-    settings.append(f"{first['warmup']} warm-up and {first['steps']} measured steps")
+    settings.append(f"{first['warmup']} warm-up and {plural(first['steps'], 'measured step')}")
     return f"Time per step: {', '.join(settings)}"
 
 
@@ -188,7 +195,9 @@ def notes_below(summary: pd.DataFrame) -> list[str]:
         notes.append("† stale: " + "; ".join(sorted(set(stale["stale"]))))
     untimed = summary[summary["status"] != "ok"]
     for (status, reason), rows in untimed.groupby(["status", "reason"], sort=False, dropna=False):
-        notes.append(f"{status}: {_enumerated([_name(row) for _, row in rows.iterrows()])}: {reason}")
+        # An exception's message is no Markdown.
+        why = reason if status == "missing" else verbatim(reason or "no reason was recorded")
+        notes.append(f"{status}: {_enumerated([_name(row) for _, row in rows.iterrows()])}: {why}")
     return notes
 
 
@@ -271,8 +280,10 @@ def _draw_kind(
             capsize=2,
             **look,
         ),
-        f"floor, {machine}": panel.plot(at, rows["bound_ms"], "_", color=BOUND, markersize=9, markeredgewidth=2)[0],
     }
+    if rows["bound_ms"].notna().any():
+        style = {"color": BOUND, "markersize": 9, "markeredgewidth": 2}
+        series[f"floor, {machine}"] = panel.plot(at, rows["bound_ms"], "_", **style)[0]
     for column, name, marker, colour in (
         ("a100_ms", A100, "D", PUBLISHED),
         ("h100_ms", H100, "s", PUBLISHED_TOO),
@@ -285,16 +296,26 @@ def _draw_kind(
 
 def findings(summary: pd.DataFrame) -> Findings:
     """How backward compares with forward, how variable the times are, and how near the floor."""
-    if not len(summary) or not summary["status"].isin(["ok", "missing"]).any():
+    if not len(summary):
         return Findings([Finding("No case was measured: run `python scripts/measure.py transformer_step`.")])
+    if not summary["status"].isin(["ok", "missing"]).any():
+        return Findings([Finding("No case has a time; the notes of the table say why.")])
     two_phases = summary[summary["phase"].isin(["forward", "forward-backward"])]
     return Findings(
         [
             *Finding.from_all(two_phases, "How long backward takes beside forward", _backward_against_forward),
             *Finding.from_all(summary, "How much the times vary", _variability),
             *Finding.from_all(summary, "How near their floors the times come", _nearness),
+            *_staleness(summary),
         ]
     )
+
+
+def _staleness(rows: pd.DataFrame) -> list[Finding]:
+    """That the sentences above speak of an earlier source, if they do."""
+    stale = int((rows["stale"] != "").sum())
+    cases = plural(len(rows), "case")
+    return [Finding(f"Stale (†) are {stale} of {cases}: they say nothing of today's source.")] if stale else []
 
 
 def _backward_against_forward(rows: pd.DataFrame) -> Finding | None:
@@ -338,19 +359,23 @@ def _nearness(rows: pd.DataFrame) -> Finding | None:
     if not len(measured):
         return None
     floors = measured.dropna(subset=["times_bound"])
+    quiet = floors[floors["noise"] == ""]
     if not len(floors):
         return Finding(
             "How near their floors the times come cannot be told: the ceilings of this machine are not all known; "
             "run `python scripts/measure.py machine_peaks`."
         )
-    best, worst = (floors.loc[index()] for index in (floors["times_bound"].idxmin, floors["times_bound"].idxmax))
+    if not len(quiet):
+        return Finding("How near their floors the times come cannot be told: every time is noisy.")
+    best, worst = (quiet.loc[index()] for index in (quiet["times_bound"].idxmin, quiet["times_bound"].idxmax))
     return Finding.checked(
         f"Nearest its floor is {_name(best)}, a median of {within(best['median_ms'], best['std_ms'])} ms or "
         f"{number(best['times_bound'], 2)} times the floor; farthest {_name(worst)}, "
-        f"{within(worst['median_ms'], worst['std_ms'])} ms or {number(worst['times_bound'], 2)} times",
-        bool(best["times_bound"] >= 1.0),
+        f"{within(worst['median_ms'], worst['std_ms'])} ms or {number(worst['times_bound'], 2)} times (the quiet ones "
+        f"of {plural(len(floors), 'case')})",
+        bool((floors["times_bound"] >= 1.0).all()),
         so=". No time lies below its floor, as it must be.",
-        but=". No time can lie below its floor: this machine was disturbed when its ceilings were measured.",
+        but=". No time can lie below its floor: a ceiling is too low, or the work was not done as it is counted.",
     )
 
 

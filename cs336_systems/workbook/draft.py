@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Literal
 
-from cs336_systems.bench.report import Picture, Table
+from cs336_systems.bench.report import Picture, Table, escaped
 from cs336_systems.errors import UserError
 
 Flavour = Literal["github", "html", "typst"]
@@ -89,28 +89,22 @@ class Draft:
 
     def _written(self, name: str, flavour: Flavour, figures: str) -> str:
         block = self.blocks[name]
-        caption = f"**{self.label(name)}.** {block.caption}"
+        caption = f"**{self.label(name)}.** {escaped(block.caption)}"
         if isinstance(block, Picture):
             file = f"{figures}/{name.removeprefix('fig-')}.svg"
             if flavour == "github":
-                return f'<a id="{name}"></a>\n\n![{block.caption}]({file})\n\n{caption}'
+                return f'<a id="{name}"></a>\n\n![{escaped(block.caption)}]({file})\n\n{caption}'
             return f"![{caption}]({file}){{#{name}}}"
         if flavour == "github":
             notes = "".join(f"\n\n{note}" for note in block.notes)
             return f'<a id="{name}"></a>\n\n{caption}\n\n{block.pipe_table()}{notes}'
         if flavour == "html":
             notes = "".join(f"\n\n::: {{.note}}\n{note}\n:::" for note in block.notes)
-            return f"::: {{#{name} .table}}\n{block.pipe_table()}\n\n: {caption}\n:::{notes}"
+            return f"::: {{#{name} .table}}\n{block.pipe_table()}\n\n: [{caption}]{{.caption}}\n:::{notes}"
         notes = "".join(f"\n\n::: {{typst:text:size=0.8em}}\n{note}\n:::" for note in block.notes)
         whole = "typst:breakable=false" if len(block.rows) <= _ONE_PIECE else ""
-        return f"::: {{#{name} {whole}}}\n{_unbroken(block.pipe_table())}\n\n: {caption}\n:::{notes}"
+        return f"::: {{#{name} {whole}}}\n{block.pipe_table()}\n\n: {caption}\n:::{notes}"
 
 
 _ONE_PIECE = 24
 """Tables of up to so many rows are not divided between two pages."""
-
-
-def _unbroken(rows: str) -> str:
-    """For paper, where a cell cannot be scrolled to: a quantity or a compound stays on one line, its heading wraps."""
-    rows = re.sub(r"(?<=\w)-(?=\w)", "\u2011", rows)
-    return re.sub(r"(?<=\d) ± ", "\u00a0±\u00a0", rows)

@@ -8,10 +8,9 @@ Whatever is wrong with a template, a record or a font is found before the first 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 from cs336_systems.bench.records import Store
 from cs336_systems.errors import UserError
@@ -20,7 +19,7 @@ from cs336_systems.repository import repository_root
 from cs336_systems.workbook.documents import FONT, FORMATS, Format, converted, notebook_page, write_all
 from cs336_systems.workbook.evidence import Archive
 from cs336_systems.workbook.index import Index, between_markers
-from cs336_systems.workbook.profiles import LAPTOP, SMOKE
+from cs336_systems.workbook.profiles import SMOKE
 from cs336_systems.workbook.writeup import draft
 
 NAME = "writeup"
@@ -35,40 +34,32 @@ def build_folder(profile: str | None, year: str | None) -> Path:
 
 
 def build(
-    store: Store,
-    index: Index,
+    archive: Archive,
     *,
     folder: Path,
-    profile: str | None = LAPTOP,
-    grids: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
-    year: str | None = None,
     formats: Iterable[Format] = FORMATS,
     font: str = FONT,
     executed: Mapping[str, Path] = MappingProxyType({}),
 ) -> list[Path]:
-    """Render the writeup with this checkout's records into `folder`; returns the documents.
+    """Render the writeup with what `archive` holds into `folder`; returns the documents.
 
     Args:
-        profile, grids: what this checkout's records are asked for; see `Archive`.
         executed: executed notebooks by name, which become pages that the writeup links.
 
     Raises:
-        UserError: nothing was written; the message says why.
+        UserError: the message says why; every document that could not be written is the last one, whole.
     """
-    handout = index.handout(year) if year is not None else None
-    pages = {
-        f"notebooks/{name}.html": notebook_page(path, index.notebooks[name].title) for name, path in executed.items()
-    }
+    titles = {name: archive.index.notebooks[name].title for name in executed}
+    pages = {f"notebooks/{name}.html": notebook_page(path, titles[name]) for name, path in executed.items()}
     text = draft(
-        Archive(store, index, profile=profile, grids=grids, handout=handout),
-        store,
-        index,
+        archive,
         folder=folder,
-        handout=handout,
         pages={name: folder / "notebooks" / f"{name}.html" for name in executed},
     )
     documents = converted(text, NAME, formats, font=font)
     write_all(pages | documents, folder)
+    if "md" in formats:
+        _remove(_orphans({folder / name for name in documents}, folder / "figures", "*.svg"))
     return [folder / name for name in documents if "/" not in name]
 
 
@@ -86,12 +77,12 @@ def committed(store: Store, index: Index) -> dict[Path, bytes]:
     """Every file of the committed edition, rendered from published records alone: path → content."""
     root = repository_root()
     folder = root / "writeup"
-    archive = Archive(store, index, profile=None)
-    text = draft(archive, store, index, folder=folder)
+    archive = Archive(store, index, own=False)
+    text = draft(archive, folder=folder)
     files = {folder / name: content for name, content in converted(text, NAME, ["md"]).items()}
     for name, table in text.tables.items():
         files[folder / "tables" / f"{name.removeprefix('tbl-')}.md"] = f"{table}\n".encode()
-    headline = draft(archive, store, index, folder=root, template="headline.md")
+    headline = draft(archive, folder=root, template="headline.md")
     for name in headline.pictures:
         if name not in text.blocks:
             known = ", ".join(text.pictures) or "no figure"
@@ -108,17 +99,30 @@ def committed(store: Store, index: Index) -> dict[Path, bytes]:
 def differing(files: Mapping[Path, bytes]) -> list[Path]:
     """The files of the committed edition that are not as rendered, or that are there and should not be."""
     changed = [path for path, content in files.items() if not path.is_file() or path.read_bytes() != content]
-    return sorted([*changed, *_orphans(files)])
+    return sorted([*changed, *_committed_orphans(files)])
 
 
 def write_committed(files: Mapping[Path, bytes]) -> None:
     """Bring the checkout up to date with `files`, and remove tables and figures that are shown no more."""
     for path, content in files.items():
         write_atomically(path, content)
-    for path in _orphans(files):
-        path.unlink()
+    _remove(_committed_orphans(files))
 
 
-def _orphans(files: Mapping[Path, bytes]) -> list[Path]:
-    folders = [repository_root() / "writeup" / name for name in ("tables", "figures")]
-    return [path for folder in folders for path in sorted(folder.glob("*")) if path not in files]
+def _committed_orphans(files: Mapping[Path, bytes]) -> list[Path]:
+    folder = repository_root() / "writeup"
+    return [*_orphans(files, folder / "tables", "*.md"), *_orphans(files, folder / "figures", "*.svg")]
+
+
+def _orphans(known: Container[Path], folder: Path, pattern: str) -> list[Path]:
+    """The files of a kind in `folder` that are none of the known ones: no hidden ones, nothing of anybody else's."""
+    found = [path for path in sorted(folder.glob(pattern)) if path.is_file() and not path.name.startswith(".")]
+    return [path for path in found if path not in known]
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        try:
+            path.unlink()
+        except OSError as error:
+            raise UserError(f"cannot remove {path}, which is shown no more: {error.strerror}") from error

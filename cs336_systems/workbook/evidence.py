@@ -4,14 +4,15 @@ A document speaks of grids, not of whatever happens to be recorded: the grid tha
 out, and a case without a record is there as `missing`, with the command that would measure it. So a table shows its
 holes, and a sentence about a whole grid is only said of a whole grid.
 
-Published records are asked for what the profile of their kind of machine asks (the notebooks' own values for a CPU);
-this checkout's own, for the profile that was run.
+Records are asked for what the profile of their kind of machine asks (the notebooks' own values for a CPU); this
+checkout's own, after a run, for what that run asked.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType, ModuleType
 from typing import Any, Literal
 
@@ -20,36 +21,42 @@ import pandas as pd
 from cs336_systems.analysis.hardware import GPUS, Peaks, identify_gpu
 from cs336_systems.bench.fingerprint import fingerprint
 from cs336_systems.bench.grid import Cell
-from cs336_systems.bench.machine import Machine, this_machine
-from cs336_systems.bench.records import Record, Store, case_key, missing_record
-from cs336_systems.errors import UserError, unknown_name
+from cs336_systems.bench.machine import Machine, resolve_device, this_machine
+from cs336_systems.bench.records import Record, Store, case_key, missing_record, newest_good
+from cs336_systems.bench.report import verbatim
+from cs336_systems.errors import UserError, WorkbookWarning, unknown_name
 from cs336_systems.experiments import grid_parameters, load_experiment, machine_peaks
-from cs336_systems.workbook.index import Handout, Index
-from cs336_systems.workbook.plan import lay_out
+from cs336_systems.workbook.index import Handout, Index, load_index
+from cs336_systems.workbook.plan import lay_out_all
 from cs336_systems.workbook.profiles import LAPTOP, experiments_of, load_profile, profile_names
 
 Origin = Literal["published", "this checkout"]
 
 
 class Unmeasured(Exception):
-    """A number was asked for whose case has no record; the message says which, and what to run."""
+    """A number was asked for that no record has; the message says why, and what to run where that helps."""
+
+
+class NotAsked(Unmeasured):
+    """The case is none of the grid, so that nobody need measure it."""
 
 
 class Row:
-    """A row of a summary by attribute; a value that is not there is `Unmeasured` instead of NaN."""
+    """A row of a summary by attribute; a value that is not there is `Unmeasured` instead of NaN.
 
-    def __init__(self, row: pd.Series, case: str) -> None:
-        self._row, self._case = row, case
+    A deviation alone may be NaN: a single step has none.
+    """
+
+    def __init__(self, row: pd.Series, case: str, without_ceilings: str) -> None:
+        self._row, self._case, self._without_ceilings = row, case, without_ceilings
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or name not in self._row:
             raise AttributeError(f"{self._case} has no {name!r}: it has {', '.join(map(str, self._row.index))}")
         value = self._row[name]
-        if value is None or value != value:
-            raise Unmeasured(
-                f"{name} of {self._case} cannot be told from the records there are; a floor needs the machine's "
-                "ceilings, `python scripts/measure.py machine_peaks`"
-            )
+        if (value is None or value != value) and not name.startswith("std"):
+            lacks = self._without_ceilings if "bound" in name else "its record does not tell"
+            raise Unmeasured(f"The {name} of {self._case} is not known: {lacks}")
         return value
 
 
@@ -62,9 +69,14 @@ class Evidence:
     origin: Origin
     summary: pd.DataFrame
     """One row per case of the grid, in its order; `status` is "missing" where there is no record."""
+    recorded: int
+    """How many of them have a record."""
     beyond: int
     """How many further records there are, of cases that the grid does not ask for."""
+    peaks: Peaks
+    """The ceilings that its floors were computed with."""
     what_to_run: str
+    what_to_run_for_ceilings: str
     handout: Handout | None = None
     """Whose names the sizes get where they are shown."""
     foreign_sizes: frozenset[str] = frozenset()
@@ -97,22 +109,47 @@ class Evidence:
         """The one row whose columns have these values; a column of it that has no value is `Unmeasured` too.
 
         Raises:
-            Unmeasured: it has no record, or the grid has no such case.
+            Unmeasured: it has no record, or no time.
+            NotAsked: the grid has no such case.
             UserError: a column is unknown, or several rows fit.
         """
         rows = self.where(**fields).summary
         wanted = ", ".join(f"{name} {value}" for name, value in fields.items())
         if len(rows) > 1:
             raise UserError(f"{len(rows)} cases of {self.experiment} on {self.machine} have {wanted}: say which")
-        case = f"{self.experiment} ({wanted})"
+        case = f"{self.experiment} ({wanted}) on {self.machine}"
         if not len(rows):
-            raise Unmeasured(f"the grid of {self.machine} has no case of {case}")
+            raise NotAsked(f"{case} is not asked for")
         row = rows.iloc[0]
         if row["status"] == "missing":
-            raise Unmeasured(f"{case} is not measured on {self.machine}; {self.what_to_run}")
+            raise Unmeasured(f"Not known yet: {case} is not measured; {self.what_to_run}")
         if row["status"] != "ok":
-            raise Unmeasured(f"{case} on {self.machine} ended as {row['status']}: {row['reason']}")
-        return Row(row, f"{case} on {self.machine}")
+            raise Unmeasured(f"{case} ended as {row['status']}: {verbatim(str(row['reason']))}")
+        return Row(row, case, f"not all ceilings of the machine are measured; {self.what_to_run_for_ceilings}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is asked of one machine's records."""
+
+    machine: Machine
+    origin: Origin
+    grids: Mapping[str, Sequence[Mapping[str, Any]]]
+    """By experiment, the arguments of the grids whose cases are asked for."""
+    command: str
+    """What measures an experiment, its name in the place of `{experiment}`."""
+
+    def cells(self, experiment: str) -> list[Cell[Any]]:
+        """The cases of an experiment, for this machine's device; what a grid asks of the hardware is this machine's."""
+        described = {name: self.machine.description.get(name) for name in grid_parameters(load_experiment(experiment))}
+        own = {name: value for name, value in described.items() if value is not None} | {"device": self.machine.device}
+        return lay_out_all(experiment, [{**arguments, **own} for arguments in self.grids.get(experiment, [{}])])
+
+    def what_to_run(self, experiment: str) -> str:
+        command = self.command.format(experiment=experiment)
+        if self.origin == "this checkout":
+            return f"run `{command}`"
+        return f"run `{command}` on {self.machine.name}, then `python scripts/publish_records.py`"
 
 
 class Archive:
@@ -123,118 +160,152 @@ class Archive:
         store: Store,
         index: Index,
         *,
-        profile: str | None = LAPTOP,
-        grids: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+        own: bool = True,
+        profile: str | None = None,
+        run: Mapping[str, Sequence[Mapping[str, Any]]] = MappingProxyType({}),
+        command: str | None = None,
         handout: Handout | None = None,
     ) -> None:
         """
         Args:
-            profile: what this checkout's own records are asked for; None leaves them out.
-            grids: arguments of experiments' grids in the place of the profile's, as a run was given them.
+            own: whether this checkout's own records are part of it.
+            profile: what they are asked for; by default what published records of such a machine are.
+            run: grids by experiment in the place of the profile's, as a run was given them; they ask the machines of
+                their device.
+            command: the command of that run.
             handout: whose names the sizes get.
         """
-        self._store, self._index, self._profile, self._grids, self._handout = store, index, profile, grids, handout
+        self.store, self.index, self.handout, self._profile = store, index, handout, profile
+        self._run, self._command = run, command
+        self._requests = [*(self._own_requests() if own else []), *self._published_requests()]
         self._found: dict[str, list[Evidence]] = {}
 
     def machines(self, experiment: str) -> list[Evidence]:
-        """The evidence of every machine with records of `experiment`: this checkout's own first, then the published.
+        """The evidence of every machine that is asked for `experiment`: this checkout's own first, then the published.
 
         Raises:
             UserError: the experiment is unknown, or its records cannot be read.
         """
         load_experiment(experiment)
         if experiment not in self._found:
-            own = [name for name, names in self._store.local_machines().items() if experiment in names]
-            self._found[experiment] = [
-                *(self._evidence(experiment, name, "this checkout") for name in own if self._profile is not None),
-                *(self._evidence(experiment, name, "published") for name in self._store.published_records(experiment)),
-            ]
+            asked = [each for each in self._requests if experiment in each.grids or self._known(experiment, each)]
+            self._found[experiment] = [self._evidence(experiment, request) for request in asked]
         return self._found[experiment]
+
+    def together(self, experiment: str, **fields: Any) -> pd.DataFrame:
+        """The rows of all machines whose columns have these values; machines stay apart by their column."""
+        rows = [evidence.where(**fields).shown for evidence in self.machines(experiment)]
+        return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame()
 
     def named(self, rows: pd.DataFrame) -> pd.DataFrame:
         """Any table with a column `size`, under the names of the handout that is answered."""
-        return in_names_of(self._handout, rows, self._foreign_sizes)
+        return in_names_of(self.handout, rows, self._foreign_sizes)
 
     @property
     def _foreign_sizes(self) -> frozenset[str]:
-        if self._handout is None:
+        if self.handout is None:
             return frozenset()
-        asked = {size for handout in self._index.handouts.values() for size in handout.sizes}
-        return frozenset(asked - self._handout.sizes.keys())
+        asked = {size for handout in self.index.handouts.values() for size in handout.sizes}
+        return frozenset(asked - self.handout.sizes.keys())
 
-    def _evidence(self, experiment: str, name: str, origin: Origin) -> Evidence:
+    def _own_requests(self) -> Iterator[Request]:
+        for name in self.store.local_machines():
+            try:
+                machine = self.store.machine(name, published=False)
+            except UserError as error:
+                warnings.warn(f"the records of {name} are left out: {error}", WorkbookWarning, stacklevel=2)
+                continue
+            profile = self._profile
+            if profile is None or (load_profile(profile).gpu and machine.device != "cuda"):
+                profile = profile_for(machine)  # a profile for a GPU asks nothing of the CPU beside it
+            request = self._request(machine, "this checkout", profile)
+            given = {
+                experiment: grids
+                for experiment, grids in self._run.items()
+                if all(resolve_device(str(each.get("device", "auto"))) == machine.device for each in grids)
+            }
+            if given:
+                command = self._command or request.command
+                request = dataclasses.replace(request, grids={**request.grids, **given}, command=command)
+            yield request
+
+    def _published_requests(self) -> Iterator[Request]:
+        for name in self.store.published_machines():
+            machine = self.store.machine(name, published=True)
+            yield self._request(machine, "published", profile_for(machine))
+
+    def _request(self, machine: Machine, origin: Origin, profile: str) -> Request:
+        command = "python scripts/measure.py {experiment}" + ("" if profile == LAPTOP else f" --profile {profile}")
+        return Request(machine, origin, experiments_of(profile, self.index), command)
+
+    def _evidence(self, experiment: str, request: Request) -> Evidence:
         module = load_experiment(experiment)
-        machine = self._store.machine(name, published=origin == "published")
-        known = self._known(experiment, machine, origin)
-        records = self._asked(experiment, machine, origin, known)
-        peaks = self._peaks(machine, origin)
+        known = self._known(experiment, request)
+        records = _completed(experiment, request, known)
+        peaks = self._peaks(request)
+        if module is machine_peaks:
+            records = self._ceilings(request)
         summaries = [
-            module.summarise(group, peaks, store=self._store, fingerprint=_now(module, machine, origin, outside))
+            module.summarise(group, peaks, store=self.store, fingerprint=_now(module, request, outside))
             for outside, group in _by_source_outside(records).items()
         ]
         return Evidence(
             experiment=experiment,
-            machine=name,
-            origin=origin,
+            machine=request.machine.name,
+            origin=request.origin,
             summary=pd.concat(summaries, ignore_index=True) if summaries else pd.DataFrame(),
+            recorded=sum(record.status != "missing" for record in records),
             beyond=len(known.keys() - {record.key for record in records}),
-            what_to_run=self._what_to_run(experiment, machine, origin),
-            handout=self._handout,
+            peaks=peaks,
+            what_to_run=request.what_to_run(experiment),
+            what_to_run_for_ceilings=request.what_to_run("machine_peaks"),
+            handout=self.handout,
             foreign_sizes=self._foreign_sizes,
         )
 
-    def _known(self, experiment: str, machine: Machine, origin: Origin) -> dict[str, Record]:
-        if origin == "this checkout":
-            return self._store.local_records(machine.name, experiment)
-        return self._store.published_records(experiment).get(machine.name, {})
+    def _known(self, experiment: str, request: Request) -> dict[str, Record]:
+        if request.origin == "this checkout":
+            return self.store.local_records(request.machine.name, experiment)
+        return self.store.published_records(experiment).get(request.machine.name, {})
 
-    def _asked(self, experiment: str, machine: Machine, origin: Origin, known: Mapping[str, Record]) -> list[Record]:
-        """One record per case that the machine's profile asks for, missing ones included."""
-        to_do = self._what_to_run(experiment, machine, origin)
-        records = []
-        for cell in self._grid(experiment, machine, origin):
-            case = dataclasses.asdict(cell.case)
-            record = known.get(case_key(case))
-            if record is None and cell.skip_reason is None:
-                record = missing_record(experiment, machine.name, case, to_do)
-            # What this machine would skip another may have measured, and without a record nobody misses it.
-            if record is not None:
-                records.append(record)
-        return records
-
-    def _grid(self, experiment: str, machine: Machine, origin: Origin) -> list[Cell[Any]]:
-        arguments: Mapping[str, Any] = experiments_of(self._asking(machine, origin), self._index).get(experiment, {})
-        if origin == "this checkout":
-            arguments = self._grids.get(experiment, arguments)
-        # What a grid asks of the hardware is that machine's, not this one's.
-        described = {name: machine.description.get(name) for name in grid_parameters(load_experiment(experiment))}
-        own = {name: value for name, value in described.items() if value is not None}
-        return lay_out(experiment, {**arguments, **own, "device": machine.device})
-
-    def _asking(self, machine: Machine, origin: Origin) -> str:
-        """The profile that asks a machine for records: for this checkout's, the one that was run, unless for a GPU."""
-        run = self._profile
-        if origin == "this checkout" and run is not None and (machine.device == "cuda" or not load_profile(run).gpu):
-            return run
-        gpu = identify_gpu(machine.device_name)
-        return next((name for name in profile_names() if gpu is not None and load_profile(name).gpu == gpu), LAPTOP)
-
-    def _what_to_run(self, experiment: str, machine: Machine, origin: Origin) -> str:
-        profile = self._asking(machine, origin)
-        command = f"python scripts/measure.py {experiment}" + ("" if profile == LAPTOP else f" --profile {profile}")
-        if origin == "this checkout":
-            return f"run `{command}`"
-        return f"run `{command}` on {machine.name}, then `python scripts/publish_records.py`"
-
-    def _peaks(self, machine: Machine, origin: Origin) -> Peaks:
+    def _peaks(self, request: Request) -> Peaks:
         """The ceilings of a machine: the datasheet's of a known GPU, else its records'; unknown without all of them."""
-        gpu = identify_gpu(machine.device_name)
-        if gpu is not None:
-            return GPUS[gpu]
-        asked = self._asked("machine_peaks", machine, origin, self._known("machine_peaks", machine, origin))
-        if origin == "this checkout":  # a further run can only raise a ceiling, so all of them count
-            asked += self._store.all_local_records(machine.name, "machine_peaks")
-        return machine_peaks.measured_peaks(asked, machine)
+        gpu = identify_gpu(request.machine.device_name)
+        return GPUS[gpu] if gpu is not None else machine_peaks.measured_peaks(self._ceilings(request), request.machine)
+
+    def _ceilings(self, request: Request) -> list[Record]:
+        """The records of a machine's ceilings: every fresh one of this checkout's, since a run can only raise them."""
+        if request.origin == "published":
+            return _completed("machine_peaks", request, self._known("machine_peaks", request))
+        now = _now(machine_peaks, request, ())
+        records = self.store.all_local_records(request.machine.name, "machine_peaks")
+        fresh = [record for record in records if not record.stale_reasons(now)]
+        missing = _completed("machine_peaks", request, newest_good(fresh))
+        return fresh + [record for record in missing if record.status == "missing"]
+
+
+def published_rows(experiment: str, store: Store | None = None) -> pd.DataFrame:
+    """One row per case that is asked of each machine that has published: what a notebook shows beside its own."""
+    return Archive(store or Store.default(), load_index(), own=False).together(experiment)
+
+
+def profile_for(machine: Machine) -> str:
+    """The profile of a machine's GPU; the laptop's for a CPU, and for a GPU that has none."""
+    gpu = identify_gpu(machine.device_name)
+    return next((name for name in profile_names() if gpu is not None and load_profile(name).gpu == gpu), LAPTOP)
+
+
+def _completed(experiment: str, request: Request, known: Mapping[str, Record]) -> list[Record]:
+    """One record per case that is asked for, missing ones included."""
+    records = []
+    for cell in request.cells(experiment):
+        case = dataclasses.asdict(cell.case)
+        record = known.get(case_key(case))
+        if record is None and cell.skip_reason is None:
+            record = missing_record(experiment, request.machine.name, case, request.what_to_run(experiment))
+        if record is not None:  # what is skipped without a record nobody misses
+            records.append(record)
+    return records
 
 
 def in_names_of(handout: Handout | None, rows: pd.DataFrame, foreign: frozenset[str]) -> pd.DataFrame:
@@ -254,11 +325,11 @@ def _by_source_outside(records: Sequence[Record]) -> dict[tuple[str, ...], list[
     return groups
 
 
-def _now(module: ModuleType, machine: Machine, origin: Origin, outside: tuple[str, ...]) -> dict[str, Any]:
+def _now(module: ModuleType, request: Request, outside: tuple[str, ...]) -> dict[str, Any]:
     """What a record must agree with not to be stale: of another machine's only the source is to be compared."""
-    here = _this_machine(machine.device)
-    today = fingerprint(module, machine, outside)
-    return today if origin == "this checkout" and here == machine.name else {"source": today["source"]}
+    today = fingerprint(module, request.machine, outside)
+    is_here = request.origin == "this checkout" and _this_machine(request.machine.device) == request.machine.name
+    return today if is_here else {"source": today["source"]}
 
 
 def _this_machine(device: str) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cs336_systems.analysis.hardware import Peaks, gpu_peaks
@@ -47,6 +47,12 @@ def lay_out(name: str, arguments: Mapping[str, Any], *, here: bool = False) -> l
         for device in {str(cell.case.device) for cell in cells}:
             this_machine(device)
     return cells
+
+
+def lay_out_all(name: str, grids: Sequence[Mapping[str, Any]], *, here: bool = False) -> list[Cell[Any]]:
+    """The cells of several grids of one experiment, a case that is in more than one once."""
+    cells = [cell for arguments in grids for cell in lay_out(name, arguments, here=here)]
+    return list({cell.case: cell for cell in reversed(cells)}.values())[::-1]
 
 
 def plan_experiment(name: str, arguments: Mapping[str, Any], profile: Profile, store: Store) -> Plan:

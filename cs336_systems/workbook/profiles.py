@@ -168,15 +168,21 @@ def experiment_arguments(experiment: str, parameters: Mapping[str, Any]) -> dict
     return {name: value for name, value in parameters.items() if name in known}
 
 
-def experiments_of(profile: str, index: Index) -> dict[str, dict[str, Any]]:
-    """Every experiment a profile names, with its grid's arguments; `machine_peaks` first, since all bounds need it."""
-    found: dict[str, dict[str, Any]] = {"machine_peaks": {}}
+def experiments_of(profile: str, index: Index) -> dict[str, list[dict[str, Any]]]:
+    """Every experiment a profile names, with the arguments of its grids, one for each notebook that reads it.
+
+    `machine_peaks` comes first, since all bounds need it.
+    """
+    found: dict[str, list[dict[str, Any]]] = {"machine_peaks": []}
     for notebook in index.notebooks_there():
         if not names_notebook(profile, notebook):
             continue
         parameters = notebook_parameters(notebook) | profile_parameters(profile, notebook)
         for experiment in ("machine_peaks", *notebook.experiments):
-            found[experiment] = found.get(experiment, {}) | experiment_arguments(experiment, parameters)
+            arguments, grids = experiment_arguments(experiment, parameters), found.setdefault(experiment, [])
+            if arguments not in grids:
+                grids.append(arguments)
+    found["machine_peaks"] = found["machine_peaks"] or [{}]
     return found
 
 

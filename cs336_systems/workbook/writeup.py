@@ -21,18 +21,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import pandas as pd
-
 from cs336_systems.bench import report
-from cs336_systems.bench.records import Store
 from cs336_systems.bench.report import Finding, Findings, Picture, Table
 from cs336_systems.errors import UserError, first_line, unknown_name
 from cs336_systems.experiments import load_experiment
 from cs336_systems.presentation import load_presentation
 from cs336_systems.repository import repository_root
 from cs336_systems.workbook.draft import DanglingReference, Draft, block_mark, reference_mark
-from cs336_systems.workbook.evidence import Archive, Evidence, Unmeasured
-from cs336_systems.workbook.index import Handout, Index, Problem
+from cs336_systems.workbook.evidence import Archive, Evidence, NotAsked, Unmeasured
+from cs336_systems.workbook.index import Problem
 
 if TYPE_CHECKING:
     import jinja2
@@ -70,6 +67,7 @@ class Exhibit:
     evidence: Evidence
     problem: str
     _blocks: _Blocks
+    part: str = ""
 
     @property
     def machine(self) -> str:
@@ -90,26 +88,46 @@ class Exhibit:
 
     @property
     def name(self) -> str:
-        return f"{self.problem}-{self.evidence.experiment}-{self.evidence.name}"
+        return "-".join(filter(None, (self.problem, self.evidence.experiment, self.part, self.evidence.name)))
+
+    @property
+    def recorded(self) -> int:
+        """How many of the cases have a record."""
+        return self.evidence.recorded
 
     def where(self, **fields: Any) -> Exhibit:
         """The part of the evidence whose columns have these values, where a problem asks for a part of a grid."""
         return dataclasses.replace(self, evidence=self.evidence.where(**fields))
 
+    def called(self, part: str) -> Exhibit:
+        """The same with another name for its table and figure, where one problem shows several parts of a grid."""
+        return dataclasses.replace(self, part=part)
+
     def table(self, function: str = "table") -> str:
-        """The table that the experiment's presentation makes of this evidence."""
-        if not len(self.evidence.shown):
-            return f"{self.machine} is asked for no case of this handout."
-        return self._blocks.show(self.name, self._present(function))
+        """The table that the experiment's presentation makes of this evidence; nothing if no case has a record."""
+        return self._blocks.show(self.name, self._present(function)) if self._to_show else ""
 
     def figure(self, function: str = "figure") -> str:
-        """Its figure, or why there is none to draw."""
-        if not self.measured:
-            return f"There is nothing to draw: no case of this grid is measured on {self.machine}."
-        return self._blocks.show(self.name, self._present(function))
+        """Its figure; nothing if no case has a time."""
+        return self._blocks.show(self.name, self._present(function)) if self.measured else ""
+
+    def ceilings(self) -> str:
+        """The table of what this machine's times are bounded with."""
+        made = load_presentation("machine_peaks").ceilings(self.evidence.shown, self.evidence.peaks, self.machine)
+        return self._blocks.show(self.name, self._told_apart(made))
 
     def findings(self, function: str = "findings") -> str:
+        """The sentences about this evidence, or what to run where there is none of it."""
+        cases = report.plural(len(self.evidence.shown), "case")
+        if not len(self.evidence.shown):
+            return f"No case is asked of {self.machine}."
+        if not self.recorded:
+            return f"None of the {cases} that {self.machine} is asked for is recorded: {self.evidence.what_to_run}."
         return str(self._present(function))
+
+    @property
+    def _to_show(self) -> bool:
+        return bool(self.recorded and len(self.evidence.shown))
 
     def _present(self, function: str) -> Any:
         module = load_presentation(self.evidence.experiment)
@@ -118,7 +136,10 @@ class Exhibit:
                 name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__
             ]
             raise unknown_name("function", function, [name for name in known if not name.startswith("_")])
-        content = getattr(module, function)(self.evidence.shown)
+        return self._told_apart(getattr(module, function)(self.evidence.shown))
+
+    def _told_apart(self, content: Any) -> Any:
+        """With a caption that tells this checkout's records from those the same machine has published."""
         if self.evidence.origin == "published" or not isinstance(content, Table | Picture):
             return content
         return dataclasses.replace(content, caption=f"{content.caption} (this checkout)")
@@ -134,20 +155,16 @@ class Exhibit:
 
 def draft(
     archive: Archive,
-    store: Store,
-    index: Index,
     *,
     folder: Path,
     template: str = "writeup.md",
-    handout: Handout | None = None,
     pages: Mapping[str, Path] | None = None,
     templates: Path | None = None,
 ) -> Draft:
-    """Render `template` with what `archive` holds.
+    """Render `template` with what `archive` holds, for its handout or, without one, for everything.
 
     Args:
         folder: where the document will lie; its links are relative to that.
-        handout: the year's handout to answer; None for both years and the neighbouring systems.
         pages: executed notebooks as HTML, by notebook; the others are linked as they are in notebooks/.
 
     Raises:
@@ -155,16 +172,12 @@ def draft(
     """
     templates = templates or templates_folder()
     blocks = _Blocks()
+    store, index, handout = archive.store, archive.index, archive.handout
     environment = _environment(templates)
     problems = index.problems_of(handout.year if handout else None)
 
     def machines(experiment: str, problem: str) -> list[Exhibit]:
         return [Exhibit(evidence, problem, blocks) for evidence in archive.machines(experiment)]
-
-    def together(experiment: str, **fields: Any) -> pd.DataFrame:
-        """The rows of all machines that have these values; machines stay apart by their column."""
-        rows = [evidence.where(**fields).shown for evidence in archive.machines(experiment)]
-        return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame()
 
     def link(path: str, text: str | None = None) -> str:
         target = repository_root() / path
@@ -192,7 +205,7 @@ def draft(
         "ref": reference_mark,
         "show": blocks.show,
         "store": store,
-        "together": together,
+        "together": archive.together,
     }
     text = _rendered(environment, template, templates)
     try:
@@ -227,8 +240,10 @@ def _environment(templates: Path) -> jinja2.Environment:
         def _said(caller: Callable[[], str]) -> str:
             try:
                 return caller()
+            except NotAsked:
+                return ""
             except Unmeasured as missing:
-                return f"Not known yet: {missing}.\n"
+                return f"{missing}.\n"
 
     return jinja2.Environment(
         loader=jinja2.FileSystemLoader(templates),

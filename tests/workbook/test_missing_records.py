@@ -46,7 +46,7 @@ def rendered(store: Store) -> str:
     archive = Archive(store, INDEX, profile=None)
     folder = repository_root() / "writeup"
     texts = [
-        draft(archive, store, INDEX, folder=folder, template=template).markdown("github", "figures")
+        draft(archive, folder=folder, template=template).markdown("github", "figures")
         for template in ("writeup.md", "headline.md")
     ]
     return "\n".join(texts)

@@ -103,13 +103,13 @@ def test_a_syntax_error_of_an_included_template_names_the_included_one(render: R
 
 def test_a_document_whose_template_is_not_there_is_an_error(store: Store, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"there is no template none\.md"):
-        draft(Archive(store, INDEX), store, INDEX, folder=tmp_path, template="none.md", templates=tmp_path)
+        draft(Archive(store, INDEX), folder=tmp_path, template="none.md", templates=tmp_path)
 
 
 def test_a_template_that_is_no_utf_8_is_an_error(store: Store, tmp_path: Path) -> None:
     (tmp_path / "page.md").write_bytes(b"\xff\xfe\xfa")
     with pytest.raises(UserError, match=r"page\.md"):
-        draft(Archive(store, INDEX), store, INDEX, folder=tmp_path, template="page.md", templates=tmp_path)
+        draft(Archive(store, INDEX), folder=tmp_path, template="page.md", templates=tmp_path)
 
 
 @pytest.mark.parametrize("name", ["tbl-p-transformer_step-toy-1c", "fig-none"])
