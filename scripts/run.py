@@ -112,7 +112,7 @@ def render(
 
 def called_as() -> str:
     """The command of this run, which measures what is missing when it is given again."""
-    return shlex.join(["python", "scripts/run.py", *sys.argv[1:]]).replace("{", "{{").replace("}", "}}")
+    return shlex.join(["python", "scripts/run.py", *sys.argv[1:]])
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

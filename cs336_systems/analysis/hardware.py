@@ -33,6 +33,8 @@ class Peaks:
     cache_bytes: int
     memory_bytes: int
     source: str
+    lacks: str = ""
+    """What to run for the ceilings that are not known but could be."""
 
     def rate(self, precision: str) -> float:
         """FLOP/s of matrix products in `precision`; one the device has no figure for is an error."""

@@ -27,6 +27,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
+from cs336_systems.analysis.hardware import identify_gpu
 from cs336_systems.bench.machine import Machine
 from cs336_systems.errors import UserError, WorkbookWarning, unknown_name
 from cs336_systems.files import write_atomically
@@ -336,9 +337,14 @@ class Store:
 
     def machine(self, name: str, *, published: bool) -> Machine:
         """A machine with records here, as its machine.json describes it."""
-        description = _read_json((self.published if published else self.local) / name / "machine.json")
+        path = (self.published if published else self.local) / name / "machine.json"
+        description = _read_json(path)
         description.pop("name", None)
-        return Machine(name, "cuda" if "multiprocessors" in description else "cpu", description)
+        device_name = description.get("device_name")
+        if not isinstance(device_name, str):
+            raise UserError(f"{path} has no text `device_name`, which says what hardware the records are of")
+        is_gpu = "multiprocessors" in description or identify_gpu(device_name) is not None
+        return Machine(name, "cuda" if is_gpu else "cpu", description)
 
     def published_context(self, machine: str, experiment: str) -> dict[str, dict[str, Any]]:
         """The contexts of the published runs of `experiment` on `machine`, by run."""

@@ -100,7 +100,8 @@ def escaped(text: str) -> str:
     >>> escaped("my_model:f [2*3]")
     'my\\_model:f \\[2\\*3\\]'
     """
-    return re.sub(r"([\\`*_\[\]<>$|#{}~^])", r"\\\1", " ".join(text.split()))
+    # Quotes, and second dots and dashes, because pandoc would make typographic ones of them.
+    return re.sub(r"""([\\`*_\[\]<>$|#{}~^&'"]|(?<=\.)\.|(?<=-)-)""", r"\\\1", " ".join(text.split()))
 
 
 def plural(count: int, noun: str) -> str:

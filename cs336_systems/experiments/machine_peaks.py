@@ -127,7 +127,7 @@ def summarise(
     del peaks, store
     rows = []
     for record in records:
-        if record.status not in ("ok", "missing"):
+        if record.status == "skipped":
             continue
         is_product = record.case["operation"] == "matmul"
         rows.append(
@@ -136,7 +136,7 @@ def summarise(
                 "unit": "FLOP/s" if is_product else "B/s",
                 "how": record.case["operation"],
                 "rate": _best_rate(record) if record.status == "ok" else math.inf,
-                "lacks": record.reason or "",
+                "lacks": "" if record.status == "ok" else record.reason or f"it ended as {record.status}",
                 "stale": "; ".join(record.stale_reasons(fingerprint)) if fingerprint and record.status == "ok" else "",
                 "machine": record.machine,
                 "device_name": record.fingerprint.get("device"),
@@ -186,6 +186,7 @@ def measured_peaks(records: list[Record], machine: Machine) -> Peaks:
         cache_bytes=int(machine.description.get("cache_bytes", machine.description.get("l2_cache_bytes", 0))),
         memory_bytes=psutil.virtual_memory().total,
         source="measured here, fastest of repeated products, copies and sums (experiment machine_peaks)",
+        lacks="; ".join(dict.fromkeys(summary["lacks"][summary["lacks"] != ""])),
     )
 
 

@@ -416,6 +416,7 @@ def summarise(
             "max_ms": max(steps) if steps else float("nan"),
             "bound_ms": floor_ms,
             "bound_by": limited_by,
+            "bound_lacks": peaks.lacks if math.isnan(floor_ms) else "",
             "flops": counted or flops.total(work.values()).flops,
             "peak_bytes": describe_memory(record.measurement.values),
             "noise": "; ".join(record.noise.get("flags", [])),

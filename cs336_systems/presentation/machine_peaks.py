@@ -10,6 +10,8 @@ import pandas as pd
 from cs336_systems.analysis.hardware import Peaks
 from cs336_systems.bench.report import MISSING, Column, Table, bytes_in_words, number
 
+_PRECISIONS = ("float32", "tf32", "bfloat16", "float16", "float8")
+
 
 def table(summary: pd.DataFrame) -> Table:
     """What was measured, and the datasheet's figure where there is one."""
@@ -25,14 +27,16 @@ def table(summary: pd.DataFrame) -> Table:
 
 def ceilings(summary: pd.DataFrame, peaks: Peaks, machine: str) -> Table:
     """What a machine's times are bounded with, beside the best it was seen to reach."""
-    best = summary.sort_values("rate", na_position="first").drop_duplicates("what", keep="last").set_index("what")
-    names = [f"{precision} products" for precision in peaks.matmul_flops_per_s]
-    names += [what for what in best.index if what not in names and what != "memory"] + ["memory"]
+    # Of several ways to reach a ceiling the best counts, and none while one of them is not known.
+    best = summary.sort_values("rate", na_position="last").drop_duplicates("what", keep="last").set_index("what")
     bounds = {f"{name} products": rate for name, rate in peaks.matmul_flops_per_s.items()}
+    bounds["memory"] = peaks.bandwidth_bytes_per_s
+    known = [f"{precision} products" for precision in _PRECISIONS] + ["memory"]
+    names = [name for name in known if name in bounds or name in best.index]
     rows = [
         {
             "what": what,
-            "bound": bounds.get(what, peaks.bandwidth_bytes_per_s if what == "memory" else math.nan),
+            "bound": bounds.get(what, math.nan),
             "unit": "B/s" if what == "memory" else "FLOP/s",
             "rate": best["rate"].get(what, math.nan),
             "stale": best["stale"].get(what, ""),

@@ -196,7 +196,8 @@ def notes_below(summary: pd.DataFrame) -> list[str]:
     untimed = summary[summary["status"] != "ok"]
     for (status, reason), rows in untimed.groupby(["status", "reason"], sort=False, dropna=False):
         # An exception's message is no Markdown.
-        why = reason if status == "missing" else verbatim(reason or "no reason was recorded")
+        told = reason if isinstance(reason, str) and reason else "no reason was recorded"
+        why = told if status == "missing" else verbatim(told)
         notes.append(f"{status}: {_enumerated([_name(row) for _, row in rows.iterrows()])}: {why}")
     return notes
 
@@ -306,12 +307,12 @@ def findings(summary: pd.DataFrame) -> Findings:
             *Finding.from_all(two_phases, "How long backward takes beside forward", _backward_against_forward),
             *Finding.from_all(summary, "How much the times vary", _variability),
             *Finding.from_all(summary, "How near their floors the times come", _nearness),
-            *_staleness(summary),
+            *staleness(summary),
         ]
     )
 
 
-def _staleness(rows: pd.DataFrame) -> list[Finding]:
+def staleness(rows: pd.DataFrame) -> list[Finding]:
     """That the sentences above speak of an earlier source, if they do."""
     stale = int((rows["stale"] != "").sum())
     cases = plural(len(rows), "case")
@@ -359,20 +360,23 @@ def _nearness(rows: pd.DataFrame) -> Finding | None:
     if not len(measured):
         return None
     floors = measured.dropna(subset=["times_bound"])
-    quiet = floors[floors["noise"] == ""]
     if not len(floors):
+        lacks = "; ".join(dict.fromkeys(text for text in measured["bound_lacks"] if text))
         return Finding(
-            "How near their floors the times come cannot be told: the ceilings of this machine are not all known; "
-            "run `python scripts/measure.py machine_peaks`."
+            f"How near their floors the times come cannot be told: {lacks or 'no ceiling is known for them'}."
         )
-    if not len(quiet):
-        return Finding("How near their floors the times come cannot be told: every time is noisy.")
-    best, worst = (quiet.loc[index()] for index in (quiet["times_bound"].idxmin, quiet["times_bound"].idxmax))
+    quiet = floors[floors["noise"] == ""]
+    fact = "How near their floors the times come cannot be told: every time is noisy"
+    if len(quiet):
+        best, worst = (quiet.loc[index()] for index in (quiet["times_bound"].idxmin, quiet["times_bound"].idxmax))
+        fact = (
+            f"Nearest its floor is {_name(best)}, a median of {within(best['median_ms'], best['std_ms'])} ms or "
+            f"{number(best['times_bound'], 2)} times the floor; farthest {_name(worst)}, "
+            f"{within(worst['median_ms'], worst['std_ms'])} ms or {number(worst['times_bound'], 2)} times (the quiet "
+            f"ones of {plural(len(floors), 'case')})"
+        )
     return Finding.checked(
-        f"Nearest its floor is {_name(best)}, a median of {within(best['median_ms'], best['std_ms'])} ms or "
-        f"{number(best['times_bound'], 2)} times the floor; farthest {_name(worst)}, "
-        f"{within(worst['median_ms'], worst['std_ms'])} ms or {number(worst['times_bound'], 2)} times (the quiet ones "
-        f"of {plural(len(floors), 'case')})",
+        fact,
         bool((floors["times_bound"] >= 1.0).all()),
         so=". No time lies below its floor, as it must be.",
         but=". No time can lie below its floor: a ceiling is too low, or the work was not done as it is counted.",

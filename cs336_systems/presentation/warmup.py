@@ -25,7 +25,13 @@ from cs336_systems.bench.report import (
     plural,
     within,
 )
-from cs336_systems.presentation.transformer_step import circumstances, measured_text, notes_below, published_text
+from cs336_systems.presentation.transformer_step import (
+    circumstances,
+    measured_text,
+    notes_below,
+    published_text,
+    staleness,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -72,7 +78,7 @@ def published_findings(deviations: pd.DataFrame) -> Findings:
         [
             Finding.checked(
                 f"On an {A100} others found a standard deviation of {percent(without.median())} of the mean without "
-                f"warm-up, {number(100 * one.median(), 1)} % after one step and {number(100 * five.median(), 1)} % "
+                f"warm-up, {_rounded(one.median())} after one step and {_rounded(five.median())} "
                 f"after five (medians of {plural(len(deviations), 'case')}, published to a tenth of a millisecond)",
                 bool(without.median() > 10 * one.median() and one.median() >= five.median()),
                 so=": one step takes out most of the start.",
@@ -96,6 +102,10 @@ def _published_time(row: Any, count: int) -> str:
 
 def _published_share(row: Any, count: int) -> str:
     return _published_percent(getattr(row, f"std_ms_{count}"), getattr(row, f"mean_ms_{count}"))
+
+
+def _rounded(share: float) -> str:
+    return f"{number(100 * share, 1)} %" if share else "too little to be seen"
 
 
 def _published_percent(std_ms: float, mean_ms: float) -> str:
@@ -144,9 +154,10 @@ def _draw(summary: pd.DataFrame) -> Figure:
             if rows["bound_ms"].notna().any():
                 panel.axhline(rows["bound_ms"].iloc[0], color=BOUND, linewidth=1.5, marker="none", label="floor")
         panels[0].set_ylabel("time of the step (ms)")
-        handles, labels = panels[0].get_legend_handles_labels()
-        if handles:
-            drawing.legend(handles, labels, loc="outside right center")
+        shown = [zip(*panel.get_legend_handles_labels(), strict=True) for panel in panels]
+        entries = {label: handle for pairs in shown for handle, label in pairs}
+        if entries:
+            drawing.legend(entries.values(), entries.keys(), loc="outside right center")
     return drawing
 
 
@@ -160,6 +171,7 @@ def findings(summary: pd.DataFrame) -> Findings:
         [
             *Finding.from_all(summary, "What the first step of a process costs", _first_step),
             *Finding.from_all(summary, "What warm-up does to the deviation", _deviation),
+            *staleness(summary),
         ]
     )
 

@@ -21,7 +21,6 @@ _BLOCK, _REFERENCE, _END = "\ue000", "\ue001", "\ue002"
 _BLOCK_MARK = re.compile(f"{_BLOCK}([^{_END}]*){_END}")
 _REFERENCE_MARK = re.compile(f"{_REFERENCE}([^{_END}]*){_END}")
 _HEADING_ID = re.compile(r"^(#+ .*?) *\{#([\w:.-]+)\} *$", flags=re.MULTILINE)
-_SPAN_ID = re.compile(r"\[([^\]]+)\]\{#([\w:.-]+)\}")
 
 
 def block_mark(name: str) -> str:
@@ -84,7 +83,6 @@ class Draft:
         text = _REFERENCE_MARK.sub(lambda mark: f"[{self.label(mark[1])}](#{mark[1]})", text)
         if flavour == "github":  # which shows `{#id}` as it stands
             text = _HEADING_ID.sub(r'<a id="\2"></a>\n\n\1', text)
-            text = _SPAN_ID.sub(r'<a id="\2"></a>\1', text)
         return text
 
     def _written(self, name: str, flavour: Flavour, figures: str) -> str:

@@ -136,8 +136,10 @@ class Request:
     origin: Origin
     grids: Mapping[str, Sequence[Mapping[str, Any]]]
     """By experiment, the arguments of the grids whose cases are asked for."""
-    command: str
-    """What measures an experiment, its name in the place of `{experiment}`."""
+    options: str = ""
+    """Of scripts/measure.py, beside the experiment's name."""
+    run: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """By experiment, the command of a run that asked for it in its own way."""
 
     def cells(self, experiment: str) -> list[Cell[Any]]:
         """The cases of an experiment, for this machine's device; what a grid asks of the hardware is this machine's."""
@@ -146,7 +148,7 @@ class Request:
         return lay_out_all(experiment, [{**arguments, **own} for arguments in self.grids.get(experiment, [{}])])
 
     def what_to_run(self, experiment: str) -> str:
-        command = self.command.format(experiment=experiment)
+        command = self.run.get(experiment, f"python scripts/measure.py {experiment}{self.options}")
         if self.origin == "this checkout":
             return f"run `{command}`"
         return f"run `{command}` on {self.machine.name}, then `python scripts/publish_records.py`"
@@ -224,10 +226,9 @@ class Archive:
                 for experiment, grids in self._run.items()
                 if all(resolve_device(str(each.get("device", "auto"))) == machine.device for each in grids)
             }
-            if given:
-                command = self._command or request.command
-                request = dataclasses.replace(request, grids={**request.grids, **given}, command=command)
-            yield request
+            run = dict.fromkeys(given, self._command) if self._command is not None else {}
+            options = request.options if machine.device == resolve_device("auto") else f"{request.options} --device cpu"
+            yield dataclasses.replace(request, grids={**request.grids, **given}, run=run, options=options)
 
     def _published_requests(self) -> Iterator[Request]:
         for name in self.store.published_machines():
@@ -235,8 +236,8 @@ class Archive:
             yield self._request(machine, "published", profile_for(machine))
 
     def _request(self, machine: Machine, origin: Origin, profile: str) -> Request:
-        command = "python scripts/measure.py {experiment}" + ("" if profile == LAPTOP else f" --profile {profile}")
-        return Request(machine, origin, experiments_of(profile, self.index), command)
+        options = "" if profile == LAPTOP else f" --profile {profile}"
+        return Request(machine, origin, experiments_of(profile, self.index), options)
 
     def _evidence(self, experiment: str, request: Request) -> Evidence:
         module = load_experiment(experiment)
@@ -279,7 +280,7 @@ class Archive:
             return _completed("machine_peaks", request, self._known("machine_peaks", request))
         now = _now(machine_peaks, request, ())
         records = self.store.all_local_records(request.machine.name, "machine_peaks")
-        fresh = [record for record in records if not record.stale_reasons(now)]
+        fresh = [record for record in records if record.is_good and not record.stale_reasons(now)]
         missing = _completed("machine_peaks", request, newest_good(fresh))
         return fresh + [record for record in missing if record.status == "missing"]
 

@@ -52,7 +52,7 @@ def lay_out(name: str, arguments: Mapping[str, Any], *, here: bool = False) -> l
 def lay_out_all(name: str, grids: Sequence[Mapping[str, Any]], *, here: bool = False) -> list[Cell[Any]]:
     """The cells of several grids of one experiment, a case that is in more than one once."""
     cells = [cell for arguments in grids for cell in lay_out(name, arguments, here=here)]
-    return list({cell.case: cell for cell in reversed(cells)}.values())[::-1]
+    return list({cell.case: cell for cell in cells}.values())
 
 
 def plan_experiment(name: str, arguments: Mapping[str, Any], profile: Profile, store: Store) -> Plan:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import itertools
+import random
 import re
 import xml.etree.ElementTree as ET
 
@@ -20,12 +21,14 @@ from cs336_systems.bench.report import (
     Picture,
     Table,
     bytes_in_words,
+    escaped,
     figure_style,
     logarithmic,
     number,
     percent,
     plural,
     seconds_in_words,
+    verbatim,
     with_deviation,
     within,
 )
@@ -282,3 +285,72 @@ def test_colours_stay_apart_in_grey() -> None:
         for colour in COLOURS
     )
     assert all(after - before > 10 for before, after in itertools.pairwise(lightness))
+
+
+# Text from elsewhere -------------------------------------------------------------------------------------------
+
+# As the writeup is read, but for typographic quotes and dashes, and as GitHub reads it.
+READERS = ("markdown-citations-subscript-superscript-strikeout-example_lists-smart", "gfm")
+SIGNS = "ab1 `*_[](){}<>$|#~^!+-=.,:;/@%?'\"\\é±"
+
+
+def shown_by_pandoc(texts: list[str], reader: str) -> list[str]:
+    """What a reader sees of pieces of Markdown, each in a bold text of its own as a caption is."""
+    import pypandoc
+
+    source = "\n\n".join(f"**Table 1. {text}.**" for text in texts)
+    plain = pypandoc.convert_text(source, "html", format=reader, extra_args=["--wrap=none"])
+    parts = ET.fromstring(f"<body>{plain}</body>").findall("p")
+    return ["".join(part.itertext()).removeprefix("Table 1. ").removesuffix(".") for part in parts]
+
+
+def pieces_of_text() -> list[str]:
+    """Texts of signs that mean something in Markdown, alone, in pairs, and at random; the same each time."""
+    source = random.Random(336)
+    mixed = ["".join(source.choices(SIGNS, k=source.randint(1, 12))) for _ in range(300)]
+    pairs = [f"x{sign}y{sign} {sign}{sign}z{sign}{sign} {sign}" for sign in SIGNS]
+    known = [
+        "my_model:f [2*3]",
+        "a | b",
+        "[x](y)",
+        "![x](y)",
+        "<b>x</b>",
+        "$x$",
+        "~~x~~",
+        "x^2^",
+        "`x`",
+        "{#id}",
+        "\\*",
+    ]
+    return [" ".join(text.split()) for text in (*known, *pairs, *mixed) if text.strip()]
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_plain_text_that_is_escaped_is_shown_as_it_stands(reader: str) -> None:
+    texts = pieces_of_text()
+    assert shown_by_pandoc([escaped(text) for text in texts], reader) == texts
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("text", ["a &lt; b", "&amp;", "R&D", "&copy;", "&#65;"])
+def test_what_looks_like_an_entity_is_shown_as_it_stands_when_escaped(text: str, reader: str) -> None:
+    assert shown_by_pandoc([escaped(text)], reader) == [text]
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_text_from_elsewhere_is_shown_as_code_as_it_stands(reader: str) -> None:
+    texts = [*pieces_of_text(), "a &lt; b", "``", "`", "x``y`z", "```", "ends with `"]
+    assert shown_by_pandoc([verbatim(text) for text in texts], reader) == texts
+
+
+def test_a_text_from_elsewhere_becomes_one_line_and_of_nothing_a_dash() -> None:
+    assert verbatim("first\n  second\tthird ") == "`first second third`"
+    assert verbatim("") == verbatim(" \n ") == MISSING
+    assert escaped("first\n\n# second") == r"first \# second"
+
+
+def test_a_caption_is_plain_text_and_a_note_is_markdown() -> None:
+    table = Table.of(rows(), [Column("name", lambda row: row.name)], caption="of my_model_2 [*]", notes=["`run` *it*"])
+    assert str(table).startswith(r"**of my\_model\_2 \[\*\]**")
+    assert str(table).endswith("`run` *it*")
+    assert table.caption == "of my_model_2 [*]"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from cs336_systems.analysis.hardware import gpu_peaks
 from cs336_systems.bench import sweep
 from cs336_systems.bench.machine import Machine, this_machine
 from cs336_systems.bench.records import Measurement, Record, Store, missing_record
+from cs336_systems.bench.report import Table
 from cs336_systems.errors import UserError
 from cs336_systems.experiments import machine_peaks, transformer_step
 from cs336_systems.presentation import machine_peaks as presentation
@@ -29,7 +31,7 @@ def record(
         reason=None,
         measurement=Measurement({"operation_ms": milliseconds, "warmup_ms": [0.001]}, values),
         noise={"flags": []},
-        fingerprint={"device": device},
+        fingerprint={"device": device, "source": {}},
         finished_utc="2026-01-01",
         seconds=1.0,
     )
@@ -162,6 +164,87 @@ def test_products_that_a_cpu_would_emulate_are_skipped_with_the_reason(monkeypat
     monkeypatch.setattr(machine_peaks, "this_machine", lambda _: without)
     skipped = {cell.case.precision for cell in machine_peaks.grid(device="cpu") if cell.skip_reason}
     assert skipped == {"bfloat16", "float16"}
+    # Another machine's grid is that of its own instructions.
+    theirs = machine_peaks.grid(device="cpu", instruction_sets=["avx2", "amx_bf16"])
+    assert {cell.case.precision for cell in theirs if cell.skip_reason} == {"float16"}
+
+
+def test_a_summary_tells_what_a_ceiling_lacks_and_what_is_stale() -> None:
+    records = [*RECORDS, lacking("matmul", "bfloat16")]
+    summary = machine_peaks.summarise(records, fingerprint={"device": "NVIDIA H200", "source": {}})
+    assert summary.set_index("what")["lacks"].loc["bfloat16 products"] == "run `what measures it`"
+    assert (summary["lacks"] != "").sum() == 1
+    assert set(summary["stale"]) == {""}
+    changed = machine_peaks.summarise(records, fingerprint={"device": "another", "source": {}}).set_index("what")[
+        "stale"
+    ]
+    assert changed.loc["bfloat16 products"] == ""  # nobody measured it, so it is not stale
+    assert all("device" in reason for reason in changed.drop("bfloat16 products"))
+    assert list(machine_peaks.summarise([]).columns) == list(summary.columns)
+
+
+# The table of ceilings -----------------------------------------------------------------------------------------
+
+
+def cells_of(table: Table, ceiling: str) -> list[str]:
+    """The row of a ceiling, without the blanks that align its numbers."""
+    (row,) = (row for row in table.rows if row[0] == ceiling)
+    return [re.sub("[\u2007\u2008]", "", cell).strip() for cell in row[1:]]
+
+
+def test_a_gpu_with_a_datasheet_and_no_records_shows_its_bounds_and_nothing_reached() -> None:
+    cells = machine_peaks.grid(device="cuda")
+    records = [
+        missing_record("machine_peaks", "h200-x1", dataclasses.asdict(cell.case), "run `what measures it`")
+        for cell in cells
+    ]
+    for summary in (machine_peaks.summarise(records), machine_peaks.summarise([])):
+        table = presentation.ceilings(summary, gpu_peaks("h200"), "h200-x1")
+        assert table.caption == "The ceilings of h200-x1"
+        assert table.headings == ("ceiling", "bounds with")  # a column of dashes is left out
+        assert cells_of(table, "memory") == ["4.80 TB/s"]
+        assert cells_of(table, "float32 products") == ["66.9 TFLOP/s"]
+        precisions = [row[0] for row in table.rows]
+        assert precisions == [*(f"{name} products" for name in gpu_peaks("h200").matmul_flops_per_s), "memory"]
+        assert gpu_peaks("h200").source in table.notes[0]
+        unknown = [note for note in table.notes if "run `what measures it`" in note]
+        assert len(unknown) == bool(len(summary))
+
+
+def test_a_gpu_with_a_datasheet_is_bounded_by_it_and_not_by_what_it_reached() -> None:
+    table = presentation.ceilings(machine_peaks.summarise(RECORDS), gpu_peaks("h200"), "toy")
+    assert table.headings == ("ceiling", "bounds with", "reached here")
+    assert cells_of(table, "float32 products") == ["66.9 TFLOP/s", "1.00 TFLOP/s"]
+    assert cells_of(table, "memory") == ["4.80 TB/s", "200 GB/s"]
+
+
+def test_a_cpu_with_a_hole_has_a_dash_there_and_a_note_of_what_to_run() -> None:
+    records = [*RECORDS, lacking("matmul", "bfloat16")]
+    table = presentation.ceilings(machine_peaks.summarise(records), machine_peaks.measured_peaks(records, TOY), "toy")
+    assert cells_of(table, "float32 products") == ["1.00 TFLOP/s", "1.00 TFLOP/s"]
+    assert cells_of(table, "bfloat16 products") == ["–", "–"]
+    assert table.rows[-1][0] == "memory"
+    assert "Not known: bfloat16 products; run `what measures it`." in table.notes
+    assert table.notes[0].startswith("Last-level cache: 7 B. Bounds: measured here")
+
+
+def test_without_one_stream_neither_the_bound_of_memory_nor_what_was_reached_is_known() -> None:
+    records = [*RECORDS, lacking("copy", "float32")]
+    table = presentation.ceilings(machine_peaks.summarise(records), machine_peaks.measured_peaks(records, TOY), "toy")
+    assert cells_of(table, "memory") == ["–", "–"]
+    assert "Not known: memory; run `what measures it`." in table.notes
+
+
+def test_what_a_stale_record_reached_is_marked_and_the_note_says_why() -> None:
+    old = record("matmul", "bfloat16", [0.5], device="another", flops=10**9)
+    records = [each for each in RECORDS if each.case["precision"] != "bfloat16"] + [old]
+    summary = machine_peaks.summarise(records, fingerprint={"device": "NVIDIA H200", "source": {}})
+    (reason,) = old.stale_reasons({"device": "NVIDIA H200", "source": {}})
+    table = presentation.ceilings(summary, machine_peaks.measured_peaks(records, TOY), "toy")
+    assert cells_of(table, "bfloat16 products")[-1] == "2.00 TFLOP/s †"
+    assert cells_of(table, "float32 products")[-1] == "1.00 TFLOP/s"
+    assert f"† stale: {reason}" in table.notes
+    assert "2.00 TFLOP/s †" in str(presentation.table(summary))
 
 
 @pytest.mark.gpu

@@ -210,15 +210,21 @@ def test_the_prediction_needs_no_device_and_counts_what_the_summary_counts(store
 
 def test_published_records_of_another_machine_get_that_machines_floor(store: Store) -> None:
     from cs336_systems.bench.machine import Machine
+    from cs336_systems.workbook.evidence import published_rows
+    from cs336_systems.workbook.index import load_index
+    from cs336_systems.workbook.profiles import experiments_of
 
-    machine = Machine("h200-x1", "cuda", {"device_name": "NVIDIA H200"})
+    machine = Machine("h200-x1", "cuda", {"device_name": "NVIDIA H200", "multiprocessors": 132})
+    asked = [cell.case for cell in transformer_step.grid(**experiments_of("h200", load_index())["transformer_step"][0])]
     with store.begin_run(machine, "transformer_step", {}) as writer:
-        writer.append(record_of(dataclasses.replace(small(), device="cuda"), machine="h200-x1", run=writer.run))
-    assert not len(transformer_step.published_summaries(store))
+        writer.append(record_of(asked[0], machine="h200-x1", run=writer.run))
+    assert not len(published_rows("transformer_step", store))
     store.publish("h200-x1", "transformer_step")
-    (row,) = transformer_step.published_summaries(store).itertuples()
-    assert row.machine == "h200-x1"
-    assert row.bound_ms == transformer_step.bound_ms(small(), gpu_peaks("h200"))[0]
+    rows = published_rows("transformer_step", store)
+    assert len(rows) == len(asked)
+    assert set(rows["machine"]) == {"h200-x1"}
+    (row,) = rows[rows["status"] != "missing"].itertuples()
+    assert row.bound_ms == transformer_step.bound_ms(asked[0], gpu_peaks("h200"))[0]
 
 
 @pytest.mark.gpu

@@ -48,6 +48,7 @@ def row(**changes: Any) -> dict[str, Any]:
         "device": "cpu",
         "bound_ms": 5.0,
         "bound_by": "compute",
+        "bound_lacks": "",
         "times_bound": 2.0,
         "peak_bytes": 2**30,
         "noise": "",
@@ -69,7 +70,7 @@ PAIR = (row(), row(phase="forward-backward", mean_ms=30.0, median_ms=30.0))
 def test_a_row_has_the_measured_time_its_floor_and_the_published_one() -> None:
     text = str(presentation.table(summary(*PAIR)))
     assert "10.00 ± 0.10" in text
-    assert "40.40 ± 0.30" in text
+    assert "40.4 ± 0.3 |" in text  # with the digits that were published
     assert "resident growth (MiB)" in text
     assert re.search(r"\| +1,024 \|", text)
     # No row has an H100 figure, so the column would say nothing.
@@ -97,7 +98,7 @@ def test_what_did_not_run_says_why_and_what_was_disturbed_or_stale_is_marked() -
         )
     )
     assert re.search(r"\| +oom \|", text)
-    assert "oom: forward of small at context 128: needs 9 GiB" in text
+    assert "oom: forward of small at context 128: `needs 9 GiB`" in text
     assert "10.00 ± 0.10 ~" in text
     assert "~ noisy, 1 of 3 cases: forward of small at context 128 (spread of 40% of the median)" in text
     assert "10.00 ± 0.10 †" in text
@@ -128,12 +129,106 @@ def test_noisy_times_are_not_compared() -> None:
 def test_a_time_below_its_floor_is_told_as_a_fault_of_the_ceilings() -> None:
     below = presentation.findings(summary(row(times_bound=0.7)))[-1]
     assert below.holds is False
-    assert "disturbed when its ceilings were measured" in str(below)
+    assert "0.70 times the floor" in str(below)
+    assert str(below).endswith(
+        "No time can lie below its floor: a ceiling is too low, or the work was not done as it is counted."
+    )
+
+
+def test_nearest_and_farthest_are_quiet_times_however_near_or_far_the_noisy_ones_come() -> None:
+    quiet = (row(times_bound=2.0), row(times_bound=3.0, size="large"))
+    noisy = [row(times_bound=times, size="xl", noise="spread of 40% of the median") for times in (1.1, 90.0)]
+    found = presentation.findings(summary(*quiet, *noisy))[-1]
+    assert found.holds is True
+    assert "Nearest its floor is forward of small at context 128, a median of 10.00 ms or 2.0 times" in str(found)
+    assert "farthest forward of large at context 128, 10.00 ms or 3.0 times (the quiet ones of 4 cases)" in str(found)
+    assert "xl" not in str(found)
+    assert str(found).endswith("No time lies below its floor, as it must be.")
+
+
+def test_that_no_time_lies_below_its_floor_is_said_of_the_noisy_ones_too() -> None:
+    noisy = row(times_bound=0.7, size="xl", noise="spread of 40% of the median")
+    found = presentation.findings(summary(row(times_bound=2.0), noisy))[-1]
+    assert found.holds is False
+    assert "(the quiet ones of 2 cases)" in str(found)
+    assert "No time can lie below its floor" in str(found)
+
+
+def test_a_case_without_a_floor_is_not_counted_among_those_near_theirs() -> None:
+    without = row(bound_ms=NAN, times_bound=NAN, autocast="float16")
+    assert "(the quiet ones of 1 case)" in str(presentation.findings(summary(row(), without))[-1])
+
+
+def test_of_nothing_but_noisy_times_none_is_the_nearest() -> None:
+    noisy = row(times_bound=2.0, noise="spread of 40% of the median")
+    found = presentation.findings(summary(noisy))[-1]
+    assert "How near their floors the times come cannot be told: every time is noisy. No time lies below" in str(found)
+    below = presentation.findings(summary({**noisy, "times_bound": 0.7}))[-1]
+    assert below.holds is False
+    assert "No time can lie below its floor" in str(below)
+
+
+def test_that_sentences_speak_of_an_earlier_source_is_the_last_of_them() -> None:
+    old = row(stale="model changed")
+    found = presentation.findings(summary(old, PAIR[1], row(phase="step")))
+    assert str(found[-1]) == "Stale (†) are 1 of 3 cases: they say nothing of today's source."
+    assert found[-1].holds is None
+    fresh = presentation.findings(summary(row(), PAIR[1], row(phase="step")))
+    assert found[:-1] == fresh
+    assert "tale" not in str(fresh)
+
+
+def test_staleness_is_told_beside_a_missing_row() -> None:
+    found = presentation.findings(summary(row(stale="model changed"), missing(phase="step")))
+    assert "Stale (†) are 1 of 2 cases" in str(found[-1])
+    assert "run `what measures it`" in str(found)
 
 
 def test_without_records_the_sentence_names_the_command_that_produces_them() -> None:
-    none = summary(row(status="failed", mean_ms=NAN))
-    assert "scripts/measure.py transformer_step" in str(presentation.findings(none))
+    (only,) = presentation.findings(pd.DataFrame())
+    assert "scripts/measure.py transformer_step" in str(only)
+
+
+def test_of_cases_that_were_measured_and_have_no_time_nobody_is_told_to_measure_them() -> None:
+    none = summary(row(status="failed", reason="because", mean_ms=NAN), row(status="oom", reason="why", mean_ms=NAN))
+    (only,) = presentation.findings(none)
+    assert str(only) == "No case has a time; the notes of the table say why."
+    assert {"failed: forward of small at context 128: `because`", "oom: forward of small at context 128: `why`"} <= set(
+        presentation.notes_below(none)
+    )
+
+
+@pytest.mark.parametrize(
+    ("reason", "shown"),
+    [
+        ("RuntimeError: f(*args, **kw) of a_b_c <x>", "`RuntimeError: f(*args, **kw) of a_b_c <x>`"),
+        ("no module `x`\n  line two", "`` no module `x` line two ``"),
+        ("", "`no reason was recorded`"),
+        (None, "`no reason was recorded`"),
+    ],
+)
+def test_the_reason_of_a_failure_is_shown_as_it_stands(reason: str | None, shown: str) -> None:
+    failed = missing(status="failed", reason=reason)
+    for rows in (summary(failed), summary(row(), failed)):
+        assert presentation.notes_below(rows)[-1] == f"failed: forward of small at context 128: {shown}"
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "text"),
+    [
+        (40.4, 0.3, "40.4 ± 0.3"),
+        (96.6, 175.8, "96.6 ± 175.8"),
+        (1234.5, 0.0, "1,234.5 ± 0.0"),
+        (7.0, 12.0, "7.0 ± 12.0"),
+        (NAN, NAN, "–"),
+    ],
+)
+def test_a_published_time_has_the_digits_that_were_published(mean: float, std: float, text: str) -> None:
+    assert presentation.published_text(mean, std) == text
+
+
+def test_a_single_measured_step_is_not_in_the_plural() -> None:
+    assert presentation.caption(summary(row(steps=1))).endswith("5 warm-up and 1 measured step")
 
 
 def missing(**changes: Any) -> dict[str, Any]:
@@ -180,9 +275,10 @@ def test_a_case_that_ran_out_of_memory_is_told_and_does_not_silence_the_sentence
 
 
 def test_without_any_ceiling_the_sentence_about_floors_names_the_command_that_measures_them() -> None:
-    unknown = [each | {"bound_ms": NAN, "bound_by": "", "times_bound": NAN} for each in PAIR]
+    lacks = "run `python scripts/measure.py machine_peaks`"
+    unknown = [each | {"bound_ms": NAN, "bound_by": "", "times_bound": NAN, "bound_lacks": lacks} for each in PAIR]
     sentences = presentation.findings(summary(*unknown))
-    assert "run `python scripts/measure.py machine_peaks`" in str(sentences[-1])
+    assert lacks in str(sentences[-1])
     assert sentences[:2] == presentation.findings(summary(*PAIR))[:2]
 
 
@@ -196,7 +292,7 @@ def test_what_has_no_time_for_the_same_reason_is_one_note() -> None:
     ]
     assert presentation.notes_below(summary(row(), *rows)) == [
         "missing: forward of small at context 128; step of small at context 128: run `what measures it`",
-        "oom: forward of small at context 128: needs 9 GiB",
+        "oom: forward of small at context 128: `needs 9 GiB`",
         "missing: forward of large at context 128; forward of xl at context 128: run `something else`",
     ]
 
@@ -222,6 +318,14 @@ def test_a_figure_has_a_panel_per_phase_with_units_and_a_legend_of_what_is_shown
     assert drawing.axes[0].get_ylabel() == "time per step (ms)"
     assert all(axes.get_xlabel() for axes in drawing.axes)
     assert legend_of(drawing) == ["measured median, toy-1c", "floor, toy-1c", "published, A100 40 GB"]
+
+
+def test_where_no_floor_is_known_the_legend_has_none() -> None:
+    unknown = [each | {"bound_ms": NAN, "bound_by": "", "times_bound": NAN} for each in PAIR]
+    assert legend_of(drawn(*unknown)) == ["measured median, toy-1c", "published, A100 40 GB"]
+    # One that is known is enough.
+    assert "floor, toy-1c" in legend_of(drawn(PAIR[0], unknown[1]))
+    assert "floor, toy-1c" in legend_of(drawn(unknown[0], PAIR[1]))
 
 
 def test_a_figure_is_captioned_as_its_table_with_what_its_bars_are() -> None:

@@ -15,7 +15,7 @@ from source_files import load_script, status_of
 from cs336_systems.analysis.hardware import Peaks
 from cs336_systems.bench.machine import this_machine
 from cs336_systems.bench.records import Store
-from cs336_systems.experiments import experiment_names, machine_peaks, transformer_step
+from cs336_systems.experiments import experiment_names, load_experiment, machine_peaks, transformer_step
 from cs336_systems.repository import repository_root
 
 SCRIPT = repository_root() / "scripts" / "measure.py"
@@ -39,23 +39,28 @@ def script() -> ModuleType:
 @pytest.fixture
 def tiny(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """The profile's grid has a single case that takes milliseconds."""
-    monkeypatch.setattr(script, "experiments_of", lambda *_: {"transformer_step": TINY})
+    monkeypatch.setattr(script, "experiments_of", lambda *_: {"transformer_step": [TINY]})
     monkeypatch.setattr(machine_peaks, "ensure_peaks", lambda *_: PEAKS)
 
 
 @pytest.fixture
 def asked(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """What would have been measured, had this machine the device: experiment, arguments of its grid, whether again."""
+    """What would have been measured, had this machine the device: experiment, arguments of its grids, whether again."""
     found: list[tuple[Any, ...]] = []
     failures = {"transformer_step": 2}
 
-    def pretend(name: str, arguments: dict[str, Any], remeasure: bool, store: Store) -> int:
+    def pretend(name: str, grids: list[dict[str, Any]], remeasure: bool, store: Store) -> int:
         del store
-        found.append((name, arguments, remeasure))
+        found.append((name, grids, remeasure))
         return failures.get(name, 0)
 
+    def not_laid_out(name: str, grids: list[dict[str, Any]], *, here: bool) -> list[dict[str, Any]]:
+        load_experiment(name)
+        assert here
+        return grids
+
     monkeypatch.setattr(script, "measure", pretend)
-    monkeypatch.setattr(script, "lay_out", lambda *_, **__: [])
+    monkeypatch.setattr(script, "lay_out_all", not_laid_out)
     return found
 
 
@@ -123,8 +128,8 @@ def test_all_is_everything_the_profile_names_and_the_ceilings_first(
 ) -> None:
     status_of(script, "--all", "--profile", "h200")
     assert [name for name, *_ in asked] == ["machine_peaks", "transformer_step", "warmup"]
-    assert [arguments["device"] for _, arguments, _ in asked] == ["cuda"] * 3
-    assert asked[1][1]["steps"] == 10
+    assert [{each["device"] for each in grids} for _, grids, _ in asked] == [{"cuda"}] * 3
+    assert asked[1][1][0]["steps"] == 10
 
 
 def test_experiments_that_are_named_are_measured_in_that_order_with_the_profiles_arguments(
@@ -132,8 +137,19 @@ def test_experiments_that_are_named_are_measured_in_that_order_with_the_profiles
 ) -> None:
     status_of(script, "warmup", "machine_peaks", "--profile", "smoke", "--device", "cpu", "--remeasure")
     assert [name for name, *_ in asked] == ["warmup", "machine_peaks"]
-    assert asked[0][1]["warmup_counts"] == [0, 1]
-    assert [(arguments["device"], remeasure) for _, arguments, remeasure in asked] == [("cpu", True)] * 2
+    assert asked[0][1][0]["warmup_counts"] == [0, 1]
+    assert [({each["device"] for each in grids}, again) for _, grids, again in asked] == [({"cpu"}, True)] * 2
+
+
+def test_a_device_that_is_asked_for_is_that_of_every_grid_and_an_experiment_no_profile_names_has_its_own_values(
+    script: ModuleType, asked: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grids = [{"steps": 1}, {"steps": 2, "device": "cuda"}]
+    monkeypatch.setattr(script, "experiments_of", lambda *_: {"transformer_step": grids})
+    status_of(script, "transformer_step", "warmup", "--device", "cpu")
+    assert asked[0][1] == [{"steps": 1, "device": "cpu"}, {"steps": 2, "device": "cpu"}]
+    assert asked[1][1] == [{"device": "cpu"}]
+    assert grids == [{"steps": 1}, {"steps": 2, "device": "cuda"}]
 
 
 @pytest.mark.usefixtures("asked")
@@ -160,6 +176,33 @@ def test_a_second_call_reuses_the_record_of_the_first(script: ModuleType, capsys
     assert [path.read_bytes() for path in files] == contents
     # The same record makes the same table.
     assert second.partition("transformer_step: 1")[0] == first.partition("transformer_step: 1")[0]
+
+
+@pytest.mark.parametrize("more", [[], ["--remeasure"]], ids=["what is missing", "again"])
+@pytest.mark.usefixtures("tiny")
+def test_of_two_grids_every_case_is_measured_and_one_that_is_in_both_once(
+    script: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, more: list[str]
+) -> None:
+    grids = [TINY, TINY | {"contexts": {"tiny": [8, 16]}}]
+    monkeypatch.setattr(script, "experiments_of", lambda *_: {"transformer_step": grids})
+    assert status_of(script, "transformer_step", *more) == 0
+    text = capsys.readouterr().out
+    assert "transformer_step: 2 ok; records in" in text
+    assert len([line for line in text.splitlines() if line.startswith("| tiny")]) == 2
+    (path,) = run_files()
+    cases = [record.case["context_length"] for record in Store.default().all_local_records(*path.parts[-3:-1])]
+    assert cases == [8, 16]
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_mistake_in_the_second_grid_ends_the_run_before_the_first_is_measured(
+    script: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grids = [TINY, TINY | {"contexts": {"tinny": [8]}}]
+    monkeypatch.setattr(script, "experiments_of", lambda *_: {"transformer_step": grids})
+    assert status_of(script, "transformer_step") == 2
+    assert capsys.readouterr().err.startswith("error: unknown size 'tinny': did you mean 'tiny'?")
+    assert run_files() == []
 
 
 @pytest.mark.usefixtures("tiny")

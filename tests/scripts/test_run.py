@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -18,11 +19,14 @@ from typing import Any
 import psutil
 import pytest
 from source_files import load_script, status_of
+from step_records import record_of
+from writeup_records import laptop_case, record_here
 
 from cs336_systems.bench.records import Store
 from cs336_systems.errors import UserError
 from cs336_systems.repository import repository_root
-from cs336_systems.workbook.index import Index, Notebook, load_index
+from cs336_systems.workbook.evidence import Archive
+from cs336_systems.workbook.index import Notebook, load_index
 from cs336_systems.workbook.profiles import profile_names
 from cs336_systems.workbook.run import NotebookRun
 
@@ -244,8 +248,8 @@ def rendered(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[dict[s
     """What would have been rendered, in the place of rendering it."""
     found: list[dict[str, Any]] = []
 
-    def pretend(_: Store, __: Index, **options: Any) -> list[Path]:
-        found.append(options)
+    def pretend(archive: Archive, **options: Any) -> list[Path]:
+        found.append({"archive": archive, **options})
         return [options["folder"] / "writeup.md"]
 
     monkeypatch.setattr(script, "build", pretend)
@@ -281,9 +285,72 @@ def test_a_writeup_that_cannot_be_rendered_ends_with_1_and_says_that_the_records
     monkeypatch.setattr(script, "build", refuse)
     assert status_of(script, "2") == 1
     lines = capsys.readouterr().out.splitlines()
-    assert "the writeup was not rendered: writeup.md, line 3: 'nothing' is undefined" in lines
-    assert "Every record is safe; `python scripts/writeup.py` tries again." in lines
+    told = "the writeup was not rendered: writeup.md, line 3: 'nothing' is undefined. Every record is saved."
+    assert lines[-1] == told
     assert "table of 02_b" in lines
+
+
+@pytest.mark.usefixtures("executed")
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_ctrl_c_while_rendering_ends_with_130_and_says_whether_the_records_are_saved(
+    script: ModuleType,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    is_kept: bool,
+) -> None:
+    profile = tmp_path / "checkout" / "configs" / "profiles" / "smoke"
+    profile.mkdir()
+    for name, content in (("profile", "description: small"), ("02_b", "word: small")):
+        (profile / f"{name}.yaml").write_text(f"{content}\n")
+
+    def interrupted(*_: Any, **__: Any) -> list[Path]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, "build", interrupted)
+    options: list[str | Path] = ["--data-dir", tmp_path / "kept"] if is_kept else []
+    assert status_of(script, "2", "--profile", "smoke", *options) == 130
+    shown = capsys.readouterr()
+    safe = " Every record is saved." if is_kept else ""
+    assert shown.err == f"\ninterrupted: the writeup was not rendered.{safe}\n"
+    assert "Cases by notebook" in shown.out
+    assert ("That folder was temporary" in shown.out) != is_kept
+
+
+@pytest.mark.usefixtures("executed")
+def test_where_the_records_are_is_said_before_the_writeup_is_rendered(
+    script: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    store = Store(local=tmp_path / "kept", published=tmp_path)
+    machine = record_here(store, [record_of(laptop_case())])
+    before: list[str] = []
+
+    def look(*_: Any, **__: Any) -> list[Path]:
+        before.append(capsys.readouterr().out)
+        return []
+
+    monkeypatch.setattr(script, "build", look)
+    assert status_of(script, "2", "--data-dir", store.local) == 0
+    assert f"records of {machine}: {store.local / machine} (transformer_step)\n" in before[0]
+
+
+def test_the_writeup_asks_this_checkout_for_the_grids_of_the_run_and_names_its_command(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, rendered: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    def pretend(notebook: Notebook, _: dict[str, Any], folder: Path) -> NotebookRun:
+        return NotebookRun(notebook, None, 100.0, folder / f"{notebook.name}.ipynb", Counter(ok=3), [])
+
+    monkeypatch.setattr(script, "execute", pretend)
+    store = Store(local=tmp_path / "kept", published=tmp_path)
+    record_here(store, [record_of(laptop_case("mini", 32))])
+    given = ["1", "-p", "contexts", "{mini: [32, 64]}", "-p", "device", "cpu", "--data-dir", str(store.local)]
+    monkeypatch.setattr(sys, "argv", ["scripts/run.py", *given])
+    assert status_of(script, *given) == 0
+    (options,) = rendered
+    own = options["archive"].machines("transformer_step")[0]
+    assert own.origin == "this checkout"
+    assert set(own.summary["context_length"]) == {32, 64}
+    assert own.what_to_run == f"run `{shlex.join(['python', 'scripts/run.py', *given])}`"
 
 
 def test_tools_that_are_missing_are_told_before_any_notebook_is_executed(

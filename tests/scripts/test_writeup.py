@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-import shutil
+import warnings
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from checkouts import changeable_checkout, content_of
 from source_files import load_script, status_of
+from step_records import record_of
+from writeup_records import laptop_case, record_here
 
-from cs336_systems.repository import repository_root
-
-LINKED = ("cs336_systems", "scripts", "tests", "notebooks", "configs")
+from cs336_systems.bench.records import Store
 
 
 @pytest.fixture(scope="module")
@@ -22,27 +23,13 @@ def script() -> ModuleType:
 
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A checkout whose documents and data can be changed; its code is this one's."""
-    real, made = repository_root(), (tmp_path / "checkout").resolve()
-    made.mkdir()
-    for name in LINKED:
-        (made / name).symlink_to(real / name)
-    for name in ("problems.toml", "README.md"):
-        shutil.copy(real / name, made)
-    shutil.copytree(real / "writeup", made / "writeup", ignore=shutil.ignore_patterns("build"))
-    shutil.copytree(real / "data", made / "data", ignore=shutil.ignore_patterns("local"))
-    monkeypatch.setenv("CS336_ROOT", str(made))
-    return made
-
-
-def content_of(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return changeable_checkout(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--year", "2027"], "unknown year '2027'"),
+        (["--year", "2027"], "unknown year '2027': did you mean '2026'? Known: 2025, 2026"),
         (["--format", "docx"], "unknown format 'docx'"),
         (["--profile", "smok"], "unknown profile 'smok': did you mean 'smoke'"),
         (["--check"], "give --committed as well"),
@@ -109,6 +96,62 @@ def test_the_committed_edition_is_checked_written_and_then_up_to_date(
     assert status_of(script, "--committed") == 0
     assert not any(path.exists() for path in orphans)
     assert status_of(script, "--committed", "--check") == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--year", "2026"], "--year"),
+        (["--format", "md"], "--format"),
+        (["--font", "No Such Font"], "--font"),
+        (["--profile", "laptop"], "--profile"),
+        (["--output", "elsewhere"], "--output"),
+        (["--data-dir", "elsewhere"], "--data-dir"),
+        (["--published"], "--published"),
+        (["--published", "--year", "2026", "--data-dir", "elsewhere"], "--year, --published, --data-dir"),
+    ],
+)
+@pytest.mark.parametrize("check", [[], ["--check"]])
+def test_the_committed_edition_takes_no_other_option(
+    script: ModuleType,
+    checkout: Path,
+    capfd: pytest.CaptureFixture[str],
+    arguments: list[str],
+    told: str,
+    check: list[str],
+) -> None:
+    before = content_of(checkout / "writeup")
+    assert status_of(script, "--committed", *arguments, *check) == 2
+    shown = capfd.readouterr()
+    assert shown.err == f"error: the committed edition is always the same: leave out {told}\n"
+    assert shown.out == ""
+    assert content_of(checkout / "writeup") == before
+
+
+def test_this_checkouts_records_are_left_out_on_request(
+    script: ModuleType, tmp_path: Path, store: Store, capfd: pytest.CaptureFixture[str]
+) -> None:
+    record_here(store, [record_of(laptop_case())])
+    for options, is_shown in (([], True), (["--published"], False)):
+        output = tmp_path / "output" / str(is_shown)
+        assert status_of(script, "--format", "md", "--output", output, "--data-dir", store.local, *options) == 0
+        assert ("this checkout\n" in (output / "writeup.md").read_text()) == is_shown
+    assert capfd.readouterr().err == ""
+
+
+def test_records_without_their_machine_are_one_line_of_warning_and_the_rest_is_written(
+    script: ModuleType, tmp_path: Path, store: Store, capfd: pytest.CaptureFixture[str]
+) -> None:
+    machine = record_here(store, [record_of(laptop_case())])
+    (store.local / machine / "machine.json").unlink()
+    output = tmp_path / "output"
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")  # as outside of tests
+        assert status_of(script, "--format", "md", "--output", output, "--data-dir", store.local) == 0
+    shown = capfd.readouterr().err
+    assert shown.startswith(f"warning: the records of {machine} are left out: cannot read ")
+    assert shown.count("\n") == 1
+    assert "#### epyc-turin-2c, published" in (output / "writeup.md").read_text()
 
 
 def test_published_records_of_a_newer_workbook_are_one_line_that_names_file_and_line(

@@ -36,15 +36,16 @@ def laptop_case(size: str = "tiny", context: int = 128, phase: str = "step", **c
     return cell.case
 
 
-def peak_records(machine: Machine) -> list[Record]:
-    """The ceilings of a CPU: 1 GFLOP/s and 1 GB/s in round numbers of nothing measured."""
+def peak_records(machine: Machine, *, speed: float = 1.0, **changes: Any) -> list[Record]:
+    """The ceilings of a CPU: `speed` GFLOP/s and GB/s in round numbers of nothing measured."""
     return [
         dataclasses.replace(
             record_of(laptop_case()),
             experiment="machine_peaks",
             machine=machine.name,
             case=dataclasses.asdict(cell.case),
-            measurement=Measurement({"operation_ms": [1000.0]}, {_WORK[cell.case.operation]: 10**9}),
+            measurement=Measurement({"operation_ms": [1000.0 / speed]}, {_WORK[cell.case.operation]: 10**9}),
+            **changes,
         )
         for cell in machine_peaks.grid(device="cpu")
         if cell.skip_reason is None
@@ -101,7 +102,7 @@ def small_draft(*, rows: int = 2, more: str = "") -> Draft:
         f"See {reference_mark('fig-line')} and {reference_mark('tbl-squares')}, and [the end](#end).\n\n"
         "# First {#first}\n\n$$ t \\ge \\frac{F}{R} $$\n\nwith $F$ the work.\n\n"
         f"{block_mark('tbl-squares')}\n\n{block_mark('fig-line')}\n\n{more}\n\n"
-        "# The end {#end}\n\nA [word]{#word} and [back](#word).\n"
+        "# The end {#end}\n\nA word and [back](#end).\n"
     )
     blocks: dict[str, Table | Picture] = {"tbl-squares": small_table(rows), "fig-line": Picture("A line", draw_a_line)}
     return Draft(text, blocks)

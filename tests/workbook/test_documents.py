@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html as html_module
 import io
 import re
 import sys
@@ -10,15 +11,22 @@ import xml.etree.ElementTree
 from pathlib import Path
 
 import nbformat
+import pypandoc
 import pytest
 from pypdf import PdfReader
-from writeup_records import small_draft, small_table
+from step_records import record_of
+from writeup_records import TOY, draw_a_line, laptop_case, peak_records, publish, small_draft, small_table
 
-from cs336_systems.bench.report import Picture
+from cs336_systems.bench.records import Store
+from cs336_systems.bench.report import Picture, Table
 from cs336_systems.errors import UserError
+from cs336_systems.repository import repository_root
 from cs336_systems.workbook import documents
 from cs336_systems.workbook.documents import converted, notebook_page, write_all
 from cs336_systems.workbook.draft import Draft, block_mark
+from cs336_systems.workbook.evidence import Archive
+from cs336_systems.workbook.index import load_index
+from cs336_systems.workbook.writeup import draft
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +183,89 @@ def test_every_character_that_a_table_may_hold_comes_through() -> None:
     pdf = "\n".join(page.extract_text() for page in PdfReader(io.BytesIO(files["page.pdf"])).pages)
     assert "100 % of $5" in pdf
     assert "100 % of $5" in files["page.html"].decode()
+
+
+LONG = "w" * 300
+ODD = "|pipe| *x* <b> $a$ {#z} `tick` @y"
+"""A message as programs write them, full of what is markup elsewhere."""
+
+
+@pytest.fixture(scope="module")
+def with_reason(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The writeup of a machine one of whose cases failed, with a reason of two lines and a very long word."""
+    published = tmp_path_factory.mktemp("published")
+    (published / "reference").symlink_to(repository_root() / "data" / "reference")
+    store = Store(local=published / "none", published=published)
+    failed = record_of(laptop_case("small"), status="failed", reason=f"{ODD}\n\n  and {LONG} \n# end")
+    publish(store, TOY, [record_of(laptop_case()), failed])
+    publish(store, TOY, peak_records(TOY), "machine_peaks")
+    return converted(draft(Archive(store, load_index()), folder=repository_root() / "writeup"), "page")
+
+
+AS_CODE = f"`` {ODD} and {LONG} # end ``"
+
+
+def test_a_reason_of_a_record_is_code_for_github(with_reason: dict[str, bytes]) -> None:
+    text = with_reason["page.md"].decode()
+    assert f"failed: step of small at context 128: {AS_CODE}\n" in text
+    assert f" on toy-1c ended as failed: {AS_CODE}.\n" in text
+
+
+def test_a_reason_of_a_record_is_verbatim_in_html(with_reason: dict[str, bytes]) -> None:
+    text = with_reason["page.html"].decode()
+    codes = [html_module.unescape(code) for code in re.findall(r"<code>([^<]*)</code>", text)]
+    assert codes.count(f"{ODD} and {LONG} # end") == 2
+
+
+def test_a_reason_of_a_record_is_verbatim_in_the_pdf(with_reason: dict[str, bytes]) -> None:
+    reader = PdfReader(io.BytesIO(with_reason["page.pdf"]))
+    text = "".join(page.extract_text() for page in reader.pages)
+    assert re.sub(r"\s", "", text).count(re.sub(r"\s", "", f"{ODD} and {LONG} # end")) == 2
+
+
+def test_a_long_word_of_a_reason_stays_on_the_page(with_reason: dict[str, bytes]) -> None:
+    text = "\n".join(page.extract_text() for page in PdfReader(io.BytesIO(with_reason["page.pdf"])).pages)
+    words = [len(word) for word in text.replace("\u200b", "").split() if set(word) == {"w"}]
+    assert sum(words) == 2 * len(LONG)
+    assert max(words) <= len(LONG) / 2, "the word goes on over several lines"
+
+
+@pytest.fixture(scope="module")
+def with_caption() -> dict[str, bytes]:
+    odd = "Odd [x]_y_* and *a* <b> `c` $d$ {#e} @f |g| 100 % #h ~i ^j \\k 1_000_000"
+    blocks: dict[str, Table | Picture] = {
+        "tbl-odd": dataclasses.replace(small_table(), caption=odd),
+        "fig-odd": Picture(odd, draw_a_line),
+    }
+    return converted(Draft(f"# Odd\n\n{block_mark('tbl-odd')}\n\n{block_mark('fig-odd')}\n", blocks), "page")
+
+
+SHOWN = "Odd [x]_y_* and *a* <b> `c` $d$ {#e} @f |g| 100 % #h ~i ^j \\k 1_000_000"
+
+
+def test_a_caption_comes_through_for_github(with_caption: dict[str, bytes]) -> None:
+    text = with_caption["page.md"].decode()
+    for label in ("Table 1", "Figure 1"):
+        (line,) = re.findall(rf"\*\*{label}\.\*\* (.*)\n", text)
+        assert re.sub(r"\\([!-/:-@\[-`{-~])", r"\1", line) == SHOWN
+        # As CommonMark reads it, by another reader than ours.
+        page = pypandoc.convert_text(line, "html", format="gfm", extra_args=["--wrap=none"])
+        assert html_module.unescape(page.strip()) == f"<p>{SHOWN}</p>"
+
+
+def test_a_caption_comes_through_in_html(with_caption: dict[str, bytes]) -> None:
+    text = with_caption["page.html"].decode()
+    for label, tag in (("Table 1", "caption"), ("Figure 1", "figcaption")):
+        (caption,) = re.findall(rf"<{tag}[^>]*>(.*?)</{tag}>", text, flags=re.DOTALL)
+        plain = html_module.unescape(re.sub(r"</?(?:strong|span|p)\b[^>]*>", "", caption))
+        assert " ".join(plain.split()) == f"{label}. {SHOWN}"
+
+
+def test_a_caption_comes_through_in_the_pdf(with_caption: dict[str, bytes]) -> None:
+    text = "".join(page.extract_text() for page in PdfReader(io.BytesIO(with_caption["page.pdf"])).pages)
+    bare = re.sub(r"\s", "", text.replace("\u2011", "-"))
+    for label in ("Table 1", "Figure 1"):
+        assert re.sub(r"\s", "", f"{label}. {SHOWN}") in bare
 
 
 # Writing -------------------------------------------------------------------------------------------------------

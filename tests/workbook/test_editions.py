@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+from checkouts import changeable_checkout, content_of
 from step_records import record_of
 from writeup_records import laptop_case, links_of, record_here
 
@@ -15,10 +16,10 @@ from cs336_systems.bench.records import Store
 from cs336_systems.errors import UserError
 from cs336_systems.repository import repository_root
 from cs336_systems.workbook import editions
+from cs336_systems.workbook.evidence import Archive
 from cs336_systems.workbook.index import load_index
 
 INDEX = load_index()
-LINKED = ("cs336_systems", "scripts", "tests", "notebooks", "configs")
 
 
 @pytest.fixture(scope="module")
@@ -29,21 +30,11 @@ def rendered() -> dict[Path, bytes]:
 
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A checkout whose documents, templates and data can be changed; its code is this one's."""
-    real, made = repository_root(), (tmp_path / "checkout").resolve()
-    made.mkdir()
-    for name in LINKED:
-        (made / name).symlink_to(real / name)
-    for name in ("problems.toml", "README.md"):
-        shutil.copy(real / name, made)
-    shutil.copytree(real / "writeup", made / "writeup", ignore=shutil.ignore_patterns("build"))
-    shutil.copytree(real / "data", made / "data", ignore=shutil.ignore_patterns("local"))
-    monkeypatch.setenv("CS336_ROOT", str(made))
-    return made
+    return changeable_checkout(tmp_path, monkeypatch)
 
 
-def content_of(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+def archive(**options: Any) -> Archive:
+    return Archive(Store.default(), INDEX, **options)
 
 
 # The committed edition -----------------------------------------------------------------------------------------
@@ -112,6 +103,26 @@ def test_a_file_that_differs_one_that_lacks_and_one_too_many_are_told(checkout: 
     assert editions.differing(files) == []
 
 
+@pytest.mark.parametrize("folder", ["tables", "figures"])
+def test_hidden_files_and_folders_and_files_of_other_kinds_are_neither_orphans_nor_removed(
+    checkout: Path, folder: str
+) -> None:
+    files = editions.committed(Store.default(), INDEX)
+    editions.write_committed(files)
+    place = checkout / "writeup" / folder
+    kept = [place / name for name in (".hidden.md", ".hidden.svg", ".DS_Store", "notes.txt")]
+    kept += [place / "sub" / f"inside.{end}" for end in ("md", "svg")]
+    folders = [place / f"{name}.{end}" for name in ("folder", ".folder") for end in ("md", "svg")]
+    for each in (place / "sub", *folders):
+        each.mkdir()
+    for each in kept:
+        each.write_text("somebody's")
+    assert editions.differing(files) == []
+    editions.write_committed(files)
+    assert [each.read_text() for each in kept] == ["somebody's"] * len(kept)
+    assert all(each.is_dir() for each in folders)
+
+
 def test_writing_the_edition_changes_of_the_readme_only_what_is_between_the_markers(checkout: Path) -> None:
     readme = checkout / "README.md"
     text = readme.read_text()
@@ -135,25 +146,25 @@ def test_a_readme_without_markers_is_an_error_and_nothing_is_written(checkout: P
 def test_a_build_shows_this_checkouts_records_first_and_names_them(tmp_path: Path) -> None:
     store = Store.default()
     machine = record_here(store, [record_of(laptop_case())])
-    (path,) = editions.build(store, INDEX, folder=tmp_path / "build", formats=["md"])
+    (path,) = editions.build(Archive(store, INDEX), folder=tmp_path / "build", formats=["md"])
     text = path.read_text()
     assert text.index(f"#### {machine}, this checkout") < text.index("#### epyc-turin-2c, published")
     assert f'<a id="fig-benchmarking_script-transformer_step-{machine}-own"></a>' in text
     own = [line for line in text.splitlines() if line.startswith("**") and line.endswith("(this checkout)")]
-    assert [line[:9] for line in own] == ["**Table 2", "**Figure "]
+    assert [line.partition(".")[0] for line in own] == ["**Table 1", "**Table 3", "**Figure 1"]  # Table 2: published
 
 
 def test_a_build_without_records_of_its_own_says_what_the_committed_edition_says(
     tmp_path: Path, rendered: dict[Path, bytes]
 ) -> None:
     folder = repository_root() / "writeup"
-    (path,) = editions.build(Store.default(), INDEX, folder=tmp_path, formats=["md"])
+    (path,) = editions.build(archive(), folder=tmp_path, formats=["md"])
     there = os.path.relpath(repository_root(), tmp_path)
     assert path.read_text().replace(f"({there}/", "(../") == rendered[folder / "writeup.md"].decode()
 
 
 def test_every_link_of_a_build_points_at_a_file_that_is_there(tmp_path: Path) -> None:
-    (path,) = editions.build(Store.default(), INDEX, folder=tmp_path / "build", formats=["md"])
+    (path,) = editions.build(archive(), folder=tmp_path / "build", formats=["md"])
     targets = [target.partition("#")[0] for target in links_of(path.read_text()) if not re.match(r"\w+:", target)]
     assert [target for target in targets if target and not (path.parent / target).exists()] == []
 
@@ -161,18 +172,18 @@ def test_every_link_of_a_build_points_at_a_file_that_is_there(tmp_path: Path) ->
 @pytest.mark.parametrize("broken", ["<< nothing >>", "<% if %>", '<% include "none.md" %>', '<< ref("tbl-none") >>'])
 def test_a_template_with_an_error_leaves_the_documents_of_the_last_build(checkout: Path, broken: str) -> None:
     folder = checkout / "writeup" / "build"
-    editions.build(Store.default(), INDEX, folder=folder, formats=["md", "html"])
+    editions.build(archive(), folder=folder, formats=["md", "html"])
     before = content_of(folder)
     template = checkout / "writeup" / "templates" / "problems" / "benchmarking_script.md"
     template.write_text(f"{broken}\n{template.read_text()}")
     with pytest.raises(UserError, match=r"benchmarking_script\.md, line 1"):
-        editions.build(Store.default(), INDEX, folder=folder, formats=["md", "html"])
+        editions.build(archive(), folder=folder, formats=["md", "html"])
     assert content_of(folder) == before
 
 
 @pytest.mark.parametrize("year", ["2025", "2026"])
 def test_a_handouts_edition_has_exactly_its_problems_in_its_order(tmp_path: Path, year: str) -> None:
-    (path,) = editions.build(Store.default(), INDEX, folder=tmp_path, formats=["md"], year=year)
+    (path,) = editions.build(archive(handout=INDEX.handout(year)), folder=tmp_path, formats=["md"])
     text = path.read_text()
     shown = [each for each in re.findall(r'<a id="([^"]+)"></a>', text) if each in INDEX.problems]
     assert shown == [name for name, problem in INDEX.problems.items() if year in problem.points]
@@ -183,7 +194,27 @@ def test_a_handouts_edition_has_exactly_its_problems_in_its_order(tmp_path: Path
     assert f"in {({'2025', '2026'} - {year}).pop()}" not in text
 
 
-def test_a_year_without_a_handout_is_an_error_that_lists_those_with_one(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"unknown year '2027'.*2025, 2026"):
-        editions.build(Store.default(), INDEX, folder=tmp_path, year="2027")
-    assert list(tmp_path.iterdir()) == []
+def test_a_build_removes_the_figures_that_it_shows_no_more_and_nothing_else(tmp_path: Path) -> None:
+    store = Store.default()
+    machine = record_here(store, [record_of(laptop_case())])
+    editions.build(archive(), folder=tmp_path, formats=["md"])
+    own = tmp_path / "figures" / f"benchmarking_script-transformer_step-{machine}-own.svg"
+    assert own.is_file()
+    kept = [tmp_path / "figures" / ".hidden.svg", tmp_path / "figures" / "notes.txt", tmp_path / "other.svg"]
+    for path in kept:
+        path.write_text("somebody's")
+    (tmp_path / "figures" / "folder.svg").mkdir()
+    editions.build(archive(own=False), folder=tmp_path, formats=["md"])
+    assert not own.exists()
+    figures = {path.name for path in (tmp_path / "figures").glob("[!.]*.svg") if path.is_file()}
+    assert figures == set(re.findall(r"\(figures/([^)]*)\)", (tmp_path / "writeup.md").read_text()))
+    assert all(path.is_file() for path in kept)
+    assert (tmp_path / "figures" / "folder.svg").is_dir()
+
+
+def test_a_build_without_markdown_leaves_the_figures_of_the_last_markdown(tmp_path: Path) -> None:
+    record_here(Store.default(), [record_of(laptop_case())])
+    editions.build(archive(), folder=tmp_path, formats=["md"])
+    before = content_of(tmp_path)
+    editions.build(archive(own=False), folder=tmp_path, formats=["html"])
+    assert before.items() <= content_of(tmp_path).items()

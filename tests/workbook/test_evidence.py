@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,14 @@ from writeup_records import (
 from cs336_systems.analysis.hardware import GPUS
 from cs336_systems.bench.fingerprint import fingerprint, source_hashes
 from cs336_systems.bench.machine import Machine, this_machine
-from cs336_systems.bench.records import Record, Store
-from cs336_systems.errors import UserError
+from cs336_systems.bench.records import Measurement, Record, Store
+from cs336_systems.errors import UserError, WorkbookWarning
 from cs336_systems.experiments import machine_peaks, transformer_step
-from cs336_systems.workbook.evidence import Archive, Evidence, Unmeasured
+from cs336_systems.presentation import machine_peaks as peaks_presentation
+from cs336_systems.presentation import transformer_step as presentation
+from cs336_systems.workbook.evidence import Archive, Evidence, NotAsked, Unmeasured, published_rows
 from cs336_systems.workbook.index import load_index
-from cs336_systems.workbook.plan import lay_out
+from cs336_systems.workbook.plan import lay_out_all
 from cs336_systems.workbook.profiles import experiments_of
 
 INDEX = load_index()
@@ -47,8 +50,8 @@ def cases_in(summary: pd.DataFrame) -> list[transformer_step.Case]:
 
 
 def cases_asked(profile: str, device: str) -> list[transformer_step.Case]:
-    arguments = experiments_of(profile, INDEX).get("transformer_step", {})
-    return [cell.case for cell in lay_out("transformer_step", {**arguments, "device": device})]
+    grids = experiments_of(profile, INDEX)["transformer_step"]
+    return [cell.case for cell in lay_out_all("transformer_step", [{**each, "device": device} for each in grids])]
 
 
 def fresh(record: Record, **changes: Any) -> Record:
@@ -155,8 +158,8 @@ def test_the_profile_that_was_run_does_not_change_what_published_records_are_ask
 
 def test_own_records_are_asked_for_the_grid_that_a_run_was_given(store: Store) -> None:
     record_here(store, [record_of(laptop_case("mini", 32))])
-    grids = {"transformer_step": {"contexts": {"mini": [32, 64]}, "phases": ["step"], "device": "auto"}}
-    found = evidence_of(store, grids=grids)
+    grids = {"transformer_step": [{"contexts": {"mini": [32, 64]}, "phases": ["step"], "device": "cpu"}]}
+    found = evidence_of(store, run=grids)
     assert list(found.summary["context_length"]) == [32, 64]
     assert list(found.summary["status"]) == ["ok", "missing"]
 
@@ -166,9 +169,17 @@ def test_records_of_this_cpu_are_not_asked_for_the_grid_of_a_gpus_profile(store:
     assert cases_in(evidence_of(store, profile="h200").summary) == cases_asked("laptop", "cpu")
 
 
-def test_without_a_profile_own_records_are_left_out(store: Store) -> None:
+def test_own_records_can_be_left_out(store: Store) -> None:
     record_here(store, [record_of(laptop_case())])
-    assert Archive(store, INDEX, profile=None).machines("transformer_step") == []
+    assert Archive(store, INDEX, own=False).machines("transformer_step") == []
+    assert not len(published_rows("transformer_step", store))
+
+
+def test_without_a_profile_own_records_are_asked_for_what_suits_their_machine(store: Store) -> None:
+    record_here(store, [record_of(laptop_case())])
+    record_here(store, [record_of(ON_CUDA)], machine=H200)
+    asked = {each.machine: cases_in(each.summary) for each in Archive(store, INDEX).machines("transformer_step")}
+    assert asked == {this_machine("cpu").name: cases_asked("laptop", "cpu"), "h200-x1": cases_asked("h200", "cuda")}
 
 
 # One case ------------------------------------------------------------------------------------------------------
@@ -193,28 +204,47 @@ def test_a_case_that_several_rows_fit_is_an_error(store: Store) -> None:
 
 def test_a_case_without_a_record_is_unmeasured_and_names_the_command(store: Store) -> None:
     publish(store, TOY, [record_of(laptop_case())])
-    with pytest.raises(Unmeasured, match=rf"size mini.*not measured on toy-1c; run `{COMMAND}` on toy-1c"):
+    with pytest.raises(
+        Unmeasured, match=rf"^Not known yet: .*size mini.* on toy-1c is not measured; run `{COMMAND}` on toy-1c, then"
+    ):
         evidence_of(store).case(size="mini", phase="step")
 
 
-def test_a_case_that_the_grid_has_not_is_unmeasured(store: Store) -> None:
+def test_a_case_that_the_grid_has_not_is_none_that_is_asked_for(store: Store) -> None:
     publish(store, TOY, [record_of(laptop_case())])
-    with pytest.raises(Unmeasured, match=r"grid of toy-1c has no case of transformer_step \(size xl\)"):
+    with pytest.raises(NotAsked, match=r"^transformer_step \(size xl\) on toy-1c is not asked for$"):
         evidence_of(store).case(size="xl")
 
 
 @pytest.mark.parametrize("status", ["oom", "skipped", "failed"])
 def test_a_case_that_ended_without_a_time_is_unmeasured_and_says_how_it_ended(store: Store, status: str) -> None:
     publish(store, TOY, [record_of(laptop_case(), status=status, reason="it was too large")])
-    with pytest.raises(Unmeasured, match=f"ended as {status}: it was too large"):
+    with pytest.raises(Unmeasured, match=f"ended as {status}: `it was too large`$") as caught:
         evidence_of(store).case(size="tiny", context_length=128, phase="step")
+    assert "Not known yet" not in str(caught.value)
+    assert not isinstance(caught.value, NotAsked)
 
 
 def test_a_number_that_a_measured_case_lacks_is_unmeasured(store: Store) -> None:
     publish(store, TOY, [record_of(laptop_case())])  # without ceilings there is no floor
     row = evidence_of(store).case(size="tiny", context_length=128, phase="step")
-    with pytest.raises(Unmeasured, match=r"bound_ms of .* cannot be told.*python scripts/measure\.py machine_peaks"):
+    with pytest.raises(Unmeasured, match=r"bound_ms of .* is not known: ") as caught:
         _ = row.bound_ms
+    assert "`python scripts/measure.py machine_peaks` on toy-1c, then `python scripts/publish" in str(caught.value)
+
+
+def test_a_floor_of_this_checkouts_own_that_is_unknown_names_the_command_alone(store: Store) -> None:
+    record_here(store, [record_of(laptop_case())])
+    row = evidence_of(store).case(size="tiny", context_length=128, phase="step")
+    with pytest.raises(Unmeasured, match=r"; run `python scripts/measure\.py machine_peaks`$"):
+        _ = row.times_bound
+
+
+def test_the_deviation_of_a_single_step_is_none_and_no_missing_measurement(store: Store) -> None:
+    publish(store, TOY, [record_of(laptop_case(), measurement=Measurement({"step_ms": [3.0]}))])
+    row = evidence_of(store).case(size="tiny", context_length=128, phase="step")
+    assert math.isnan(row.std_ms)
+    assert row.mean_ms == 3.0
 
 
 def test_a_column_that_a_case_has_not_is_no_missing_measurement(store: Store) -> None:
@@ -292,7 +322,7 @@ def test_what_a_published_machine_lacks_does_not_depend_on_the_machine_that_look
     seen = []
     for sets in (["avx2"], ["avx2", "avx512_bf16"], ["avx512_bf16", "avx512_fp16"]):
         monkeypatch.setattr(machine_peaks, "this_machine", lambda _, sets=sets: with_instructions(sets))
-        found = Archive(store, INDEX, profile=None).machines("machine_peaks")
+        found = Archive(store, INDEX, own=False).machines("machine_peaks")
         seen.append(list(found[0].summary["what"]))
     assert seen[1] == seen[0]
     assert seen[2] == seen[0]
@@ -325,3 +355,192 @@ def test_a_record_of_this_machine_is_compared_by_its_versions_too(store: Store) 
 def test_own_records_that_came_from_another_machine_are_compared_by_their_source_alone(store: Store) -> None:
     record_here(store, [fresh(record_of(laptop_case()), torch="0.1")], machine=TOY)
     assert evidence_of(store).case(size="tiny", context_length=128, phase="step").stale == ""
+
+
+# This checkout's own ceilings ----------------------------------------------------------------------------------
+
+
+def today(**changes: Any) -> dict[str, Any]:
+    """What a record of this machine's ceilings must have in its fingerprint to be fresh, with changes."""
+    return fingerprint(machine_peaks, this_machine("cpu")) | changes
+
+
+def record_ceilings(store: Store, speed: float, finished_utc: str = "2026-01-01", **changes: Any) -> None:
+    records = peak_records(this_machine("cpu"), speed=speed, fingerprint=today(**changes), finished_utc=finished_utc)
+    record_here(store, records, experiment="machine_peaks")
+
+
+def ceilings_shown(store: Store) -> dict[str, tuple[float, float]]:
+    """The Machines table: by ceiling what bounds with it, and what was reached, in FLOP/s or B/s."""
+    found = evidence_of(store, "machine_peaks")
+    table = peaks_presentation.ceilings(found.summary, found.peaks, found.machine)
+    assert table.headings == ("ceiling", "bounds with", "reached here")
+    assert all(text.endswith((" GFLOP/s", " GB/s")) for row in table.rows for text in row[1:])
+    return {
+        what: (1e9 * float(bound.split()[0]), 1e9 * float(reached.split()[0])) for what, bound, reached in table.rows
+    }
+
+
+@pytest.mark.parametrize(
+    "other", [{"torch": "0.1"}, {"threads": 99}, {"device": "another"}, {"source": {"measure": "another"}}], ids=str
+)
+@pytest.mark.parametrize("stale_finished", ["2025-01-01", "2027-01-01"])
+def test_a_stale_ceiling_is_neither_in_the_floors_nor_in_the_table_of_ceilings(
+    store: Store, other: dict[str, Any], stale_finished: str
+) -> None:
+    record_here(store, [record_of(laptop_case())])
+    record_ceilings(store, 50.0, finished_utc=stale_finished, **other)
+    record_ceilings(store, 2.0, finished_utc="2026-01-01")
+    found = evidence_of(store)
+    assert found.peaks.rate("float32") == pytest.approx(2e9)
+    assert found.peaks.bandwidth_bytes_per_s == pytest.approx(2e9)
+    expected = [transformer_step.bound_ms(case, found.peaks)[0] for case in cases_in(found.summary)]
+    assert list(found.summary["bound_ms"]) == expected
+    assert set(ceilings_shown(store).values()) == {(2e9, 2e9)}
+
+
+@pytest.mark.parametrize("speeds", [(4.0, 2.0), (2.0, 4.0)])
+def test_of_two_fresh_runs_the_faster_is_in_the_floors_and_in_the_table_of_ceilings(
+    store: Store, speeds: tuple[float, float]
+) -> None:
+    record_here(store, [record_of(laptop_case())])
+    for year, speed in zip(("2025", "2026"), speeds, strict=True):
+        record_ceilings(store, speed, finished_utc=f"{year}-01-01")
+    assert evidence_of(store).peaks.rate("float32") == pytest.approx(4e9)
+    assert set(ceilings_shown(store).values()) == {(4e9, 4e9)}
+
+
+def test_a_floor_set_by_compute_times_the_rate_in_the_table_of_ceilings_is_its_work(store: Store) -> None:
+    record_here(store, [record_of(laptop_case())])
+    record_ceilings(store, 50.0, torch="0.1")
+    record_ceilings(store, 2.0)
+    record_ceilings(store, 4.0)
+    rate = ceilings_shown(store)["float32 products"][0]
+    summary = evidence_of(store).summary
+    by_compute = summary[summary["bound_by"] == "compute"]
+    assert len(by_compute)
+    assert list(by_compute["bound_ms"] / 1e3 * rate) == pytest.approx(list(by_compute["flops"]))
+
+
+def test_with_stale_ceilings_alone_no_floor_is_known_and_what_measures_them_is_said(store: Store) -> None:
+    record_here(store, [record_of(laptop_case())])
+    record_ceilings(store, 50.0, torch="0.1")
+    assert evidence_of(store).summary["bound_ms"].isna().all()
+    found = evidence_of(store, "machine_peaks")
+    table = peaks_presentation.ceilings(found.summary, found.peaks, found.machine)
+    assert all("50" not in text for row in table.rows for text in row)
+    assert any("run `python scripts/measure.py machine_peaks`" in note for note in table.notes)
+
+
+def test_published_ceilings_of_another_source_are_marked_stale(store: Store) -> None:
+    publish(store, TOY, peak_records(TOY, fingerprint={"source": {"measure": "another"}}), "machine_peaks")
+    found = evidence_of(store, "machine_peaks")
+    table = peaks_presentation.ceilings(found.summary, found.peaks, found.machine)
+    assert all(row[2].endswith(" †") for row in table.rows)
+    assert any(note.startswith("† stale: ") for note in table.notes)
+
+
+# What a run asks -----------------------------------------------------------------------------------------------
+
+RUN = "python scripts/run.py 01 -p contexts '{mini: [32]}'"
+"""As `Archive` takes it: braces are doubled."""
+
+
+def small_grid(device: str) -> dict[str, list[dict[str, Any]]]:
+    return {"transformer_step": [{"contexts": {"mini": [32, 64]}, "phases": ["step"], "device": device}]}
+
+
+def test_the_grid_of_a_run_on_cuda_does_not_ask_the_cpu_beside_it(store: Store) -> None:
+    record_here(store, [record_of(laptop_case())])
+    found = evidence_of(store, run=small_grid("cuda"), command=RUN, profile="h200")
+    assert cases_in(found.summary) == cases_asked("laptop", "cpu")
+    assert found.what_to_run == f"run `{COMMAND}`"
+
+
+def test_the_grid_of_a_run_on_cuda_asks_the_gpu(store: Store) -> None:
+    record_here(store, [record_of(ON_CUDA)], machine=H200)
+    found = evidence_of(store, run=small_grid("cuda"), command=RUN, profile="h200")
+    assert list(found.summary["context_length"]) == [32, 64]
+    assert set(found.summary["device"]) == {"cuda"}
+
+
+def test_a_hole_in_the_grid_of_a_run_names_the_command_of_the_run(store: Store) -> None:
+    record_here(store, [record_of(laptop_case("mini", 32))])
+    found = evidence_of(store, run=small_grid("cpu"), command=RUN)
+    told = "run `python scripts/run.py 01 -p contexts '{mini: [32]}'`"
+    assert list(found.summary[found.summary["status"] == "missing"]["reason"]) == [told]
+    with pytest.raises(Unmeasured) as caught:
+        found.case(context_length=64)
+    assert str(caught.value).endswith(f"; {told}")
+    assert "measure.py" not in str(caught.value)
+
+
+def test_the_grid_of_a_run_asks_nothing_of_what_is_published(store: Store) -> None:
+    publish(store, TOY, [record_of(laptop_case())])
+    found = evidence_of(store, run=small_grid("cpu"), command=RUN)
+    assert cases_in(found.summary) == cases_asked("laptop", "cpu")
+    assert found.what_to_run == f"run `{COMMAND}` on toy-1c, then `python scripts/publish_records.py`"
+
+
+def test_a_case_that_two_grids_ask_for_is_one_row(store: Store) -> None:
+    record_here(store, [record_of(laptop_case("mini", 32))])
+    (first,) = small_grid("cpu")["transformer_step"]
+    grids = {"transformer_step": [first, {**first, "contexts": {"mini": [64, 128]}}]}
+    assert list(evidence_of(store, run=grids).summary["context_length"]) == [32, 64, 128]
+
+
+# Experiments without a record ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("origin", ["this checkout", "published"])
+@pytest.mark.parametrize("experiment", ["transformer_step", "warmup", "machine_peaks"])
+def test_a_machine_is_asked_for_every_experiment_of_its_profile_whichever_it_has_records_of(
+    store: Store, origin: str, experiment: str
+) -> None:
+    known = "warmup" if experiment == "transformer_step" else "transformer_step"
+    if origin == "published":
+        publish(store, TOY, [record_of(laptop_case())], known)
+    else:
+        record_here(store, [record_of(laptop_case())], machine=TOY, experiment=known)
+    found = evidence_of(store, experiment)
+    assert (found.machine, found.origin, found.recorded) == ("toy-1c", origin, 0)
+    assert len(found.summary)
+    assert f"run `python scripts/measure.py {experiment}`" in found.what_to_run
+    assert ("on toy-1c, then `python scripts/publish_records.py`" in found.what_to_run) == (origin == "published")
+
+
+def test_how_many_cases_have_a_record_counts_those_that_are_asked_for(store: Store) -> None:
+    cases = [laptop_case(), laptop_case(phase="forward"), laptop_case(context=512)]
+    publish(store, TOY, [record_of(cases[0]), record_of(cases[1], status="oom", reason="large"), record_of(cases[2])])
+    found = evidence_of(store)
+    assert (found.recorded, found.beyond) == (2, 1)
+
+
+# Noise and staleness in words ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "marks"),
+    [
+        ({}, ""),
+        ({"noise": {"flags": ["disturbed"]}}, " ~"),
+        ({"fingerprint": {"source": {"measure": "another"}}}, " †"),
+        ({"noise": {"flags": ["disturbed"]}, "fingerprint": {"source": {"measure": "another"}}}, " ~ †"),
+    ],
+)
+def test_a_case_in_words_is_marked_as_noisy_and_stale(store: Store, changes: dict[str, Any], marks: str) -> None:
+    publish(store, TOY, [dataclasses.replace(fresh(record_of(laptop_case())), **changes)])
+    row = evidence_of(store).case(size="tiny", context_length=128, phase="step")
+    assert presentation.measured_text(row) == f"3.0 ± 1.0{marks}"
+
+
+# Records that are left out -------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_records_without_its_machine_is_left_out_with_a_warning_that_names_it(store: Store) -> None:
+    record_here(store, [record_of(laptop_case())])
+    record_here(store, [record_of(laptop_case())], machine=TOY)
+    (store.local / "toy-1c" / "machine.json").unlink()
+    with pytest.warns(WorkbookWarning, match=r"the records of toy-1c are left out: cannot read .*machine\.json"):
+        archive = Archive(store, INDEX)
+    assert [each.machine for each in archive.machines("transformer_step")] == [this_machine("cpu").name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import re
@@ -12,8 +13,9 @@ from pathlib import Path
 import pytest
 from writeup_records import copy_of_published
 
-from cs336_systems.bench.records import Store, case_key
+from cs336_systems.bench.records import Status, Store, case_key
 from cs336_systems.repository import repository_root
+from cs336_systems.workbook.draft import Draft
 from cs336_systems.workbook.evidence import Archive
 from cs336_systems.workbook.index import load_index
 from cs336_systems.workbook.writeup import draft
@@ -41,15 +43,15 @@ def _number(place: tuple[str, str]) -> int:
     return [key for file, key in record_places() if file == place[0]].index(place[1]) + 1
 
 
+def drafts(store: Store) -> list[Draft]:
+    archive = Archive(store, INDEX, own=False)
+    folder = repository_root() / "writeup"
+    return [draft(archive, folder=folder, template=template) for template in ("writeup.md", "headline.md")]
+
+
 def rendered(store: Store) -> str:
     """The writeup and the head of the README as GitHub shows them; the figures are not drawn."""
-    archive = Archive(store, INDEX, profile=None)
-    folder = repository_root() / "writeup"
-    texts = [
-        draft(archive, folder=folder, template=template).markdown("github", "figures")
-        for template in ("writeup.md", "headline.md")
-    ]
-    return "\n".join(texts)
+    return "\n".join(each.markdown("github", "figures") for each in drafts(store))
 
 
 @functools.cache
@@ -95,11 +97,19 @@ def is_told_of_what_is_left(line: str) -> bool:
     return line.startswith("~ noisy") and any(noisy_cases(line) < noisy_cases(each) for each in known)
 
 
-@pytest.fixture(scope="module", params=record_places(), ids=lambda place: f"{Path(place[0]).stem}-{_number(place)}")
-def without_one(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, bool]:
-    """The text without one record, and whether that was one with a measurement."""
-    file, key = request.param
-    store = copy_of_published(tmp_path_factory.mktemp("checkout"))
+def is_statement_of_a_hole(line: str, experiment: str, machine: str) -> bool:
+    """Whether a line says that one record of `experiment` is missing and what to run for it, and tells no result."""
+    to_run = f"run `python scripts/measure.py {experiment}` on {machine}, then `python scripts/publish_records.py`"
+    if line.count("`") != 4 or line.count(to_run) != 1:
+        return False
+    rest = line.replace(to_run, "").replace(machine, "")
+    counts = re.findall(r"no record of (\d+) of \d+ cases", rest)
+    rest = re.sub(r"no record of \d+ of \d+ cases|context(_length)? \d+|\b(bfloat|float)\d+ products", "", rest)
+    return set(counts) <= {"1"} and not re.search(r"\d", rest)
+
+
+def take_away(store: Store, file: str, key: str) -> Status:
+    """Remove one published record; returns what became of its case."""
     path = store.published / file
     kept: list[str] = []
     taken: list[str] = []
@@ -109,24 +119,55 @@ def without_one(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
         (taken if is_it else kept).append(line)
     assert len(taken) == 1
     path.write_text("".join(f"{line}\n" for line in kept))
-    return rendered(store), json.loads(taken[0])["status"] != "skipped"
+    status: Status = json.loads(taken[0])["status"]
+    return status
 
 
-def test_every_sentence_is_one_of_before_or_says_what_to_run(without_one: tuple[str, bool]) -> None:
-    text, _ = without_one
+@dataclasses.dataclass(frozen=True)
+class Without:
+    """The text without one record."""
+
+    text: str
+    experiment: str
+    machine: str
+    was_measured: bool
+
+
+@pytest.fixture(scope="module", params=record_places(), ids=lambda place: f"{Path(place[0]).stem}-{_number(place)}")
+def without_one(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Without:
+    file, key = request.param
+    store = copy_of_published(tmp_path_factory.mktemp("checkout"))
+    was_measured = take_away(store, file, key) != "skipped"
+    return Without(rendered(store), Path(file).stem, Path(file).parent.name, was_measured)
+
+
+def test_every_sentence_is_one_of_before_or_says_what_to_run(without_one: Without) -> None:
     known = set(prose(base()))
-    new = [line for line in prose(text) if line not in known and TO_RUN not in line]
-    assert [line for line in new if not is_told_of_what_is_left(line)] == []
+    new = [line for line in prose(without_one.text) if line not in known and not is_told_of_what_is_left(line)]
+    assert [line for line in new if not is_statement_of_a_hole(line, without_one.experiment, without_one.machine)] == []
 
 
-def test_something_says_that_the_record_is_missing(without_one: tuple[str, bool]) -> None:
-    text, was_measured = without_one
-    assert (text != base()) == was_measured
+def test_something_says_that_the_record_is_missing(without_one: Without) -> None:
+    assert (without_one.text != base()) == without_one.was_measured
+    new = set(prose(without_one.text)) - set(prose(base()))
+    told = [line for line in new if is_statement_of_a_hole(line, without_one.experiment, without_one.machine)]
+    assert bool(told) == without_one.was_measured
 
 
-def test_every_table_keeps_its_rows_and_a_cell_stays_or_becomes_a_dash(without_one: tuple[str, bool]) -> None:
-    text, _ = without_one
-    before, after = tables(base()), tables(text)
+@pytest.mark.parametrize("experiment", sorted({Path(file).stem for file, _ in record_places()}))
+def test_every_figure_with_a_hole_can_be_drawn(tmp_path: Path, experiment: str) -> None:
+    store = copy_of_published(tmp_path)
+    for file, key in record_places():
+        if Path(file).stem == experiment and take_away(store, file, key) == "ok":
+            break
+    pictures = [picture for each in drafts(store) for picture in each.pictures.values()]
+    assert pictures
+    for picture in pictures:
+        assert picture.draw().axes
+
+
+def test_every_table_keeps_its_rows_and_a_cell_stays_or_becomes_a_dash(without_one: Without) -> None:
+    before, after = tables(base()), tables(without_one.text)
     assert [list(map(identity, rows)) for rows in after] == [list(map(identity, rows)) for rows in before]
     for rows, old_rows in zip(after, before, strict=True):
         for row, old in zip(rows, old_rows, strict=True):
@@ -135,13 +176,11 @@ def test_every_table_keeps_its_rows_and_a_cell_stays_or_becomes_a_dash(without_o
             assert set(changed.values()) <= {"–", "missing"}, f"{identity(row)}: {changed} instead of {old}"
 
 
-def test_captions_headings_and_anchors_stay(without_one: tuple[str, bool]) -> None:
-    text, _ = without_one
-
+def test_captions_headings_and_anchors_stay(without_one: Without) -> None:
     def fixed(lines: list[str]) -> list[str]:
         return [line for line in lines if re.match(r"#|\*\*(Table|Figure) \d|!\[|<a id", line)]
 
-    assert fixed(prose(text)) == fixed(prose(base()))
+    assert fixed(prose(without_one.text)) == fixed(prose(base()))
 
 
 def test_without_any_machine_each_built_problem_says_what_to_run(tmp_path: Path) -> None:

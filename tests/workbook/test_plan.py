@@ -16,7 +16,7 @@ from cs336_systems.bench.records import Measurement, Record, Store
 from cs336_systems.errors import UserError
 from cs336_systems.experiments import load_experiment, machine_peaks, transformer_step
 from cs336_systems.workbook.index import load_index
-from cs336_systems.workbook.plan import ASSUMED_SLOWDOWN, Plan, plan_experiment
+from cs336_systems.workbook.plan import ASSUMED_SLOWDOWN, Plan, lay_out, lay_out_all, plan_experiment
 from cs336_systems.workbook.profiles import LAPTOP, Profile, experiments_of, load_profile, profile_names
 
 HERE = Profile(LAPTOP, "this machine")
@@ -127,10 +127,12 @@ def test_a_profile_for_a_gpu_is_planned_on_a_machine_without_one(
     this_machine.cache_clear()
     profile = load_profile(name)
     try:
-        for experiment, arguments in experiments_of(name, load_index()).items():
-            found = plan_experiment(experiment, arguments, profile, store)
-            assert found.cases == len(load_experiment(experiment).grid(**arguments)) > 0
-            assert found.minutes > 0, experiment
+        found = experiments_of(name, load_index())
+        assert {"machine_peaks", "transformer_step", "warmup"} <= set(found)
+        for experiment, arguments in ((experiment, each) for experiment, grids in found.items() for each in grids):
+            planned = plan_experiment(experiment, arguments, profile, store)
+            assert planned.cases == len(load_experiment(experiment).grid(**arguments)) > 0
+            assert planned.minutes > 0, experiment
     finally:
         this_machine.cache_clear()
 
@@ -158,3 +160,49 @@ def test_an_impossible_grid_is_an_error_before_anything_runs(store: Store) -> No
 def test_an_unknown_experiment_is_an_error_that_lists_the_known_ones(store: Store) -> None:
     with pytest.raises(UserError, match=r"unknown experiment 'transformer_stp': did you mean 'transformer_step'"):
         plan(store, name="transformer_stp")
+
+
+# Several grids of one experiment -------------------------------------------------------------------------------
+
+
+def contexts_of(*grids: list[int]) -> list[int]:
+    """The contexts of the cases of several grids laid out together."""
+    cells = lay_out_all("transformer_step", [TINY | {"contexts": {"tiny": contexts}} for contexts in grids])
+    return [cell.case.context_length for cell in cells]
+
+
+def test_one_grid_is_laid_out_as_it_stands() -> None:
+    assert lay_out_all("transformer_step", [TINY]) == lay_out("transformer_step", TINY)
+    assert lay_out_all("transformer_step", []) == []
+
+
+@pytest.mark.parametrize(
+    ("grids", "union"),
+    [
+        (([8, 16], [32, 64]), [8, 16, 32, 64]),
+        (([32, 8], [16]), [32, 8, 16]),
+        (([8, 16], [8, 16]), [8, 16]),
+        (([8, 16, 32], [32, 64]), [8, 16, 32, 64]),
+        (([8, 16, 32], [16, 64]), [8, 16, 32, 64]),
+        (([8, 16, 32], [8]), [8, 16, 32]),
+        (([8], [16, 8]), [8, 16]),
+    ],
+    ids=["apart", "unsorted", "the same", "at the end", "in the middle", "at the start", "the other way round"],
+)
+def test_several_grids_are_laid_out_one_after_the_other_and_a_case_stands_where_it_came_first(
+    grids: tuple[list[int], ...], union: list[int]
+) -> None:
+    assert contexts_of(*grids) == union
+
+
+def test_cases_that_differ_in_anything_stay_apart() -> None:
+    cells = lay_out_all("transformer_step", [TINY, TINY | {"steps": 7}, TINY | {"autocast": "bfloat16"}])
+    assert [cell.case.steps for cell in cells] == [3, 3, 7, 7, 3, 3]
+    assert [cell.case.autocast for cell in cells] == ["none"] * 4 + ["bfloat16"] * 2
+
+
+def test_a_mistake_in_any_of_several_grids_is_an_error() -> None:
+    with pytest.raises(UserError, match="unknown size 'tinny'"):
+        lay_out_all("transformer_step", [TINY, TINY | {"contexts": {"tinny": [16]}}])
+    with pytest.raises(UserError, match=r"the parameters of transformer_step do not fit its grid: .*'contxts'"):
+        lay_out_all("transformer_step", [TINY, {"contxts": {}}])

@@ -31,6 +31,7 @@ from cs336_systems.workbook.profiles import (
 
 COMMITTED = profile_names()
 TIMING = "01_end_to_end_timing"
+MIXED = "02_mixed_precision"
 
 every_profile = pytest.mark.parametrize("name", COMMITTED)
 
@@ -48,10 +49,12 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return root
 
 
-def write_notebook(root: Path, source: Sequence[str], tags: Sequence[str] = ("parameters",)) -> None:
+def write_notebook(
+    root: Path, source: Sequence[str], tags: Sequence[str] = ("parameters",), name: str = TIMING
+) -> None:
     cell = {"cell_type": "code", "metadata": {"tags": list(tags)}, "source": list(source), "outputs": []}
     content = {"cells": [{"cell_type": "code", "metadata": {}, "source": ["1 / 0"]}, cell], "metadata": {}}
-    (root / "notebooks" / f"{TIMING}.ipynb").write_text(json.dumps(content), encoding="utf-8")
+    (root / "notebooks" / f"{name}.ipynb").write_text(json.dumps(content), encoding="utf-8")
 
 
 def write_profile(root: Path, name: str, content: str) -> None:
@@ -97,11 +100,13 @@ def test_every_experiment_of_a_committed_profile_lays_out_a_grid_on_any_machine(
     found = experiments_of(name, load_index())
     assert next(iter(found)) == "machine_peaks"
     assert {"transformer_step", "warmup"} <= set(found)
-    for experiment, arguments in found.items():
-        cells = load_experiment(experiment).grid(**arguments)
-        assert cells, experiment
-        if "device" in arguments and arguments["device"] != "auto":
-            assert {cell.case.device for cell in cells} == {arguments["device"]}
+    for experiment, grids in found.items():
+        assert grids, experiment
+        for arguments in grids:
+            cells = load_experiment(experiment).grid(**arguments)
+            assert cells, experiment
+            if "device" in arguments and arguments["device"] != "auto":
+                assert {cell.case.device for cell in cells} == {arguments["device"]}
 
 
 def test_the_laptop_profile_is_the_notebooks_own_values() -> None:
@@ -112,7 +117,7 @@ def test_the_laptop_profile_is_the_notebooks_own_values() -> None:
 def test_what_measuring_without_notebooks_measures_is_the_notebooks_parameters_with_the_profiles_on_top() -> None:
     index = load_index()
     each = index.notebook("1")
-    arguments = experiments_of(SMOKE, index)["transformer_step"]
+    arguments = experiments_of(SMOKE, index)["transformer_step"][0]
     both = notebook_parameters(each) | profile_parameters(SMOKE, each)
     assert arguments == {name: both[name] for name in arguments}
     assert arguments["contexts"] == {"tiny": [16]}
@@ -298,3 +303,47 @@ def test_a_notebook_the_profile_has_no_file_for_is_left_out_of_its_experiments(c
     index = Index({}, {TIMING: notebook()})
     assert list(experiments_of("made", index)) == ["machine_peaks"]
     assert list(experiments_of(LAPTOP, index)) == ["machine_peaks", "transformer_step", "warmup"]
+
+
+# An experiment that several notebooks read ---------------------------------------------------------------------
+
+
+def two_notebooks(root: Path, *source: str) -> Index:
+    """A further notebook that reads the steps too, but no warm-ups."""
+    write_notebook(root, [f"{line}\n" for line in source], name=MIXED)
+    return Index({}, {TIMING: notebook(), MIXED: Notebook(MIXED, "Mixed precision", ("transformer_step",))})
+
+
+def test_an_experiment_that_two_notebooks_read_has_the_grids_of_both_in_their_order(checkout: Path) -> None:
+    index = two_notebooks(checkout, 'autocast = ["none", "bfloat16"]', "steps = 7", "warmup_steps = 2")
+    found = experiments_of(LAPTOP, index)
+    assert found["transformer_step"] == [
+        {"contexts": {"tiny": [16]}, "steps": 3},
+        {"autocast": ["none", "bfloat16"], "steps": 7},  # none of the other notebook's contexts
+    ]
+    assert found["warmup"] == [{}]
+    assert found["machine_peaks"] == [{}]
+
+
+def test_two_notebooks_that_ask_for_the_same_are_one_grid(checkout: Path) -> None:
+    index = two_notebooks(checkout, "steps = 3", 'contexts = {"tiny": [16]}', "warmup_counts = [0]")
+    assert experiments_of(LAPTOP, index)["transformer_step"] == [{"contexts": {"tiny": [16]}, "steps": 3}]
+
+
+def test_a_profile_changes_the_grid_of_the_notebook_that_it_names_and_leaves_the_others_out(checkout: Path) -> None:
+    index = two_notebooks(checkout, "steps = 7")
+    write_profile(checkout, MIXED, "steps: 1\n")
+    assert experiments_of("made", index) == {"machine_peaks": [{}], "transformer_step": [{"steps": 1}]}
+    write_profile(checkout, TIMING, "steps: 2\n")
+    assert experiments_of("made", index)["transformer_step"] == [
+        {"contexts": {"tiny": [16]}, "steps": 2},
+        {"steps": 1},
+    ]
+
+
+def test_the_ceilings_are_asked_for_once_per_device_that_the_notebooks_name(checkout: Path) -> None:
+    write_notebook(checkout, ['device = "cpu"'])
+    assert experiments_of(LAPTOP, two_notebooks(checkout, 'device = "cpu"'))["machine_peaks"] == [{"device": "cpu"}]
+    both = experiments_of(LAPTOP, two_notebooks(checkout, 'device = "cuda"'))
+    assert both["machine_peaks"] == [{"device": "cpu"}, {"device": "cuda"}]
+    assert next(iter(both)) == "machine_peaks"

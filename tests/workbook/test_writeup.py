@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from step_records import record_of
 from writeup_records import (
     TOY,
     anchors_of,
+    copy_of_published,
     laptop_case,
     links_of,
     peak_records,
@@ -19,9 +22,13 @@ from writeup_records import (
     small_draft,
 )
 
-from cs336_systems.bench.records import Store
-from cs336_systems.errors import UserError
+from cs336_systems.bench.fingerprint import source_hashes
+from cs336_systems.bench.machine import this_machine
+from cs336_systems.bench.records import Measurement, Record, Store
+from cs336_systems.errors import UserError, WorkbookWarning
+from cs336_systems.experiments import transformer_step
 from cs336_systems.presentation import transformer_step as presentation
+from cs336_systems.repository import repository_root
 from cs336_systems.workbook.draft import Draft
 from cs336_systems.workbook.evidence import Archive
 from cs336_systems.workbook.index import load_index
@@ -45,9 +52,7 @@ def render(store: Store, tmp_path: Path) -> Render:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(content, encoding="utf-8")
         archive = Archive(store, INDEX, handout=options.get("handout"))
-        return draft(
-            archive, store, INDEX, folder=tmp_path, template="page.md", templates=tmp_path / "templates", **options
-        )
+        return draft(archive, folder=tmp_path, template="page.md", templates=tmp_path / "templates")
 
     return rendered
 
@@ -166,8 +171,9 @@ def test_a_sentence_with_a_misspelt_name_is_a_fault_and_no_missing_record(render
 
 
 def test_there_is_no_figure_of_a_grid_without_a_single_time(render: Render) -> None:
-    text = render(f'{HERE}<< here.where(size="mini").figure() >>\n').text
-    assert text == "There is nothing to draw: no case of this grid is measured on toy-1c.\n"
+    document = render(f'{HERE}<< here.where(size="mini").figure() >>\nThe end.\n')
+    assert document.blocks == {}
+    assert document.text == "The end.\n"
 
 
 def test_own_records_say_so_in_title_and_captions(render: Render, store: Store) -> None:
@@ -184,6 +190,140 @@ def test_own_records_say_so_in_title_and_captions(render: Render, store: Store) 
         True,
         False,
     ]
+
+
+def test_a_sentence_of_a_case_that_is_not_asked_for_is_dropped_without_a_word(render: Render) -> None:
+    case = 'here.case(size="xl", phase="step")'
+    text = f"{HERE}Before.\n<% sentence %>\nIt took << number({case}.mean_ms) >> ms.\n<% endsentence %>\nAfter.\n"
+    assert render(text).text == "Before.\nAfter.\n"
+
+
+@pytest.mark.parametrize("status", ["oom", "failed", "skipped"])
+def test_a_sentence_of_a_case_without_a_time_says_how_it_ended(render: Render, store: Store, status: str) -> None:
+    publish(store, TOY, [record_of(laptop_case(), status=status, reason="*too* large")])
+    text = f"{HERE}<% sentence %>\nIt took << number({MEASURED}.mean_ms) >> ms.\n<% endsentence %>\n"
+    assert render(text).text == (
+        f"transformer_step (size tiny, context_length 128, phase step) on toy-1c ended as {status}: `*too* large`.\n"
+    )
+
+
+def test_a_sentence_with_the_deviation_of_a_single_step_is_said(render: Render, store: Store) -> None:
+    publish(store, TOY, [record_of(laptop_case(), measurement=Measurement({"step_ms": [3.0]}))])
+    body = f"<% set step = {MEASURED} %>\nIt took << with_deviation(step.mean_ms, step.std_ms) >> ms."
+    assert render(f"{HERE}<% sentence %>\n{body}\n<% endsentence %>\n").text == "It took 3.00 ms.\n"
+
+
+@pytest.mark.parametrize("origin", ["this checkout", "published"])
+def test_a_sentence_that_lacks_its_floor_names_the_command_of_the_ceilings(
+    render: Render, store: Store, origin: str
+) -> None:
+    (store.published / TOY.name / "machine_peaks.jsonl").unlink()
+    told = "run `python scripts/measure.py machine_peaks`"
+    if origin == "published":
+        told += " on toy-1c, then `python scripts/publish_records.py`"
+    else:
+        record_here(store, [record_of(laptop_case())], machine=TOY)
+    text = f"{HERE}<% sentence %>\nIts floor is << number({MEASURED}.bound_ms) >> ms.\n<% endsentence %>\n"
+    said = render(text).text
+    assert said.startswith("The bound_ms of transformer_step (size tiny, ")
+    assert said.endswith(f" is not known: not all ceilings of the machine are measured; {told}.\n")
+
+
+# The writeup's own sentences -----------------------------------------------------------------------------------
+
+
+def whole(store: Store, template: str = "writeup.md", **options: Any) -> str:
+    return draft(Archive(store, INDEX, **options), folder=repository_root() / "writeup", template=template).text
+
+
+SMALL = laptop_case("small")
+STALE = {"source": {"measure": "another"}}
+
+
+def laptop_records(**changes: Any) -> list[Record]:
+    """Every case of the laptop's grid with a record of today's source, that of `small` in a step with changes."""
+    now = {"source": source_hashes(transformer_step)}
+    cases = [cell.case for cell in transformer_step.grid(device="cpu")]
+    records = [record_of(case, fingerprint=now) for case in cases]
+    assert SMALL in cases
+    return [
+        dataclasses.replace(each, **changes) if case == SMALL else each
+        for case, each in zip(cases, records, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "marks"),
+    [
+        ({}, ""),
+        ({"noise": {"flags": ["disturbed"]}}, " ~"),
+        ({"fingerprint": STALE}, " †"),
+        ({"noise": {"flags": ["disturbed"]}, "fingerprint": STALE}, " ~ †"),
+    ],
+)
+def test_the_sentence_of_a_noisy_or_stale_step_is_marked(store: Store, changes: dict[str, Any], marks: str) -> None:
+    publish(store, TOY, laptop_records(**changes))
+    publish(store, TOY, peak_records(TOY), "machine_peaks")
+    text = whole(store)
+    assert f"a full training step of `small` at context 128 takes 3.0 ± 1.0{marks} ms (" in text
+    stale = [line for line in text.splitlines() if "Stale (†)" in line]
+    expected = "- Stale (†) are 1 of 12 cases: they say nothing of today's source."
+    assert stale == ([expected] if "†" in marks else [])
+
+
+def test_how_many_cases_are_stale_is_counted(store: Store) -> None:
+    records = laptop_records()
+    records[:5] = [dataclasses.replace(each, fingerprint=STALE) for each in records[:5]]
+    publish(store, TOY, records)
+    assert "- Stale (†) are 5 of 12 cases: " in whole(store)
+
+
+@pytest.mark.parametrize("origin", ["this checkout", "published"])
+@pytest.mark.parametrize(
+    ("known", "other", "cases"), [("transformer_step", "warmup", 4), ("warmup", "transformer_step", 12)]
+)
+def test_a_machine_without_a_record_of_an_experiment_appears_in_its_section_with_what_to_run(
+    store: Store, origin: str, known: str, other: str, cases: int
+) -> None:
+    if origin == "published":
+        publish(store, TOY, [record_of(laptop_case())], known)
+    else:
+        record_here(store, [record_of(laptop_case())], machine=TOY, experiment=known)
+    text = whole(store)
+    begin, end = ("### (b)", "### (c)") if other == "transformer_step" else ("### (c)", "On an A100")
+    section = text[text.index(begin) : text.index(end)]
+    told = f"run `python scripts/measure.py {other}`"
+    told += " on toy-1c, then `python scripts/publish_records.py`" if origin == "published" else ""
+    assert f"#### toy-1c, {origin}\n" in section
+    assert f"\nNone of the {cases} cases that toy-1c is asked for is recorded: {told}.\n" in section
+    assert "No machine has measured this" not in section
+
+
+@pytest.mark.parametrize("experiment", ["machine_peaks", "transformer_step", "warmup"])
+def test_without_the_last_record_of_an_experiment_its_section_says_what_to_run(tmp_path: Path, experiment: str) -> None:
+    store = copy_of_published(tmp_path)
+    (store.published / "epyc-turin-2c" / f"{experiment}.jsonl").unlink()
+    text = draft(Archive(store, INDEX), folder=tmp_path).markdown("github", "figures")
+    told = f"run `python scripts/measure.py {experiment}` on epyc-turin-2c, then `python scripts/publish_records.py`"
+    assert told in text
+    assert text.count("#### epyc-turin-2c, published") == 2
+    if experiment == "machine_peaks":
+        assert "**Table 1.** The ceilings of epyc-turin-2c\n" in text
+        assert f"\nNot known: bfloat16 products, float32 products, memory; {told}.\n" in text
+    else:
+        assert re.search(
+            rf"\nNone of the \d+ cases that epyc-turin-2c is asked for is recorded: {re.escape(told)}\.\n", text
+        )
+
+
+def test_the_rest_is_rendered_where_a_folder_of_records_lacks_its_machine(store: Store) -> None:
+    record_here(store, [record_of(laptop_case())])
+    record_here(store, [record_of(laptop_case())], machine=TOY)
+    (store.local / "toy-1c" / "machine.json").unlink()
+    with pytest.warns(WorkbookWarning, match=r"^the records of toy-1c are left out: "):
+        text = whole(store)
+    assert f"#### {this_machine('cpu').name}, this checkout" in text
+    assert "toy-1c" not in text
 
 
 # Numbers and references ----------------------------------------------------------------------------------------
@@ -212,6 +352,33 @@ def test_the_order_of_numbers_is_that_of_the_text_and_not_that_of_the_calls(rend
     assert [document.label(name) for name in ("tbl-first", "tbl-p-transformer_step-toy-1c")] == ["Table 1", "Table 2"]
 
 
+PARTS = (
+    f"{HERE}"
+    '<% for size in ("tiny", "mini") %><% set part = here.where(size=size).called(size) %>\n'
+    "See << part.ref('tbl') >> and << part.ref('fig') >>.\n\n<< part.table() >>\n\n<< part.figure() >>\n\n"
+    "<% endfor %>\n"
+)
+
+
+@pytest.mark.parametrize("flavour", ["github", "html", "typst"])
+def test_two_parts_of_a_grid_have_names_of_their_own_and_references_to_each(
+    render: Render, store: Store, flavour: Any
+) -> None:
+    publish(store, TOY, [record_of(laptop_case()), record_of(laptop_case("mini"))])
+    document = render(PARTS)
+    names = [f"{kind}-p-transformer_step-{size}-toy-1c" for size in ("tiny", "mini") for kind in ("tbl", "fig")]
+    assert list(document.blocks) == names
+    assert [{row[0] for row in document.tables[name].rows} for name in names[::2]] == [{"tiny"}, {"mini"}]
+    text = document.markdown(flavour, "figures")
+    for number, (table, figure) in enumerate(zip(names[::2], names[1::2], strict=True), start=1):
+        assert f"See [Table {number}](#{table}) and [Figure {number}](#{figure})." in text
+
+
+def test_two_parts_without_names_of_their_own_are_a_fault(render: Render) -> None:
+    with pytest.raises(UserError, match="two tables or figures are called 'tbl-p-transformer_step-toy-1c'"):
+        render(PARTS.replace(".called(size)", ""))
+
+
 @pytest.mark.parametrize("flavour", ["github", "html", "typst"])
 def test_references_carry_the_numbers_of_what_they_name_forward_ones_too(render: Render, flavour: Any) -> None:
     text = render(SEVERAL).markdown(flavour, "figures")
@@ -235,20 +402,19 @@ def test_for_github_no_attribute_or_div_of_pandoc_is_left() -> None:
 def test_for_github_every_link_within_the_text_has_its_anchor() -> None:
     text = small_draft().markdown("github", "figures")
     inside = {target[1:] for target in links_of(text) if target.startswith("#")}
-    assert inside == {"fig-line", "tbl-squares", "end", "word"}
+    assert inside == {"fig-line", "tbl-squares", "end"}
     assert inside <= anchors_of(text)
 
 
 def test_for_github_an_anchor_stands_before_its_heading() -> None:
     text = small_draft().markdown("github", "figures")
     assert '<a id="first"></a>\n\n# First\n' in text
-    assert 'A <a id="word"></a>word and' in text
 
 
 @pytest.mark.parametrize("flavour", ["html", "typst"])
-def test_for_pandoc_headings_words_tables_and_figures_keep_their_ids(flavour: Any) -> None:
+def test_for_pandoc_headings_tables_and_figures_keep_their_ids(flavour: Any) -> None:
     text = small_draft().markdown(flavour, "figures")
-    for each in ("# First {#first}", "[word]{#word}", "::: {#tbl-squares ", "(figures/line.svg){#fig-line}"):
+    for each in ("# First {#first}", "::: {#tbl-squares ", "(figures/line.svg){#fig-line}"):
         assert each in text
 
 
