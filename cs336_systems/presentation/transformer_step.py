@@ -336,7 +336,7 @@ def _backward_against_forward(rows: pd.DataFrame) -> Finding | None:
     return Finding.checked(
         f"Loss and backward take {number(ratios.median(), 2)} times as long as forward, the median of "
         f"{plural(len(quiet), 'quiet case')}{span}",
-        bool(1.5 <= ratios.median() <= 2.5),
+        bool(1.6 <= ratios.median() <= 2.4),
         so=", about the two times that the products alone predict.",
         but=", not the two times that the products alone predict.",
     )
@@ -350,7 +350,7 @@ def _variability(rows: pd.DataFrame) -> Finding | None:
         f"The standard deviation is {percent(spread.median())} of the mean in the median case and "
         f"{percent(spread.max())} at most",
         bool(spread.median() < 0.05),
-        so=": the times vary little.",
+        so=": most of the times vary little.",
         but=": these times vary, and want more steps or a quieter machine.",
     )
 

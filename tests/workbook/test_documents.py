@@ -86,7 +86,7 @@ def test_the_html_file_loads_nothing_from_elsewhere(html: str) -> None:
 
 def test_every_link_within_the_html_file_has_its_place(html: str) -> None:
     inside = {value[1:] for value in values(html, "href") if value.startswith("#")}
-    assert inside >= {"tbl-squares", "fig-line", "end", "word", "first"}
+    assert inside >= {"tbl-squares", "fig-line", "end", "first"}
     assert inside <= set(values(html, "id"))
     assert len(values(html, "id")) == len(set(values(html, "id")))
 
