@@ -43,9 +43,12 @@ OPTIONAL = (
     "pytest",
 )
 
+# What is nothing without Triton, and imported by name when it is chosen.
+OF_TRITON = ("cs336_systems.attention.flash_kernels", "cs336_systems.attention.flash_triton")
+
 # The rooms that the rooms of the first column may not know of.
 MEASURING = ("bench", "experiments", "workbook", "presentation", "analysis")
-SYSTEMS = ("model", "loss", "optimizer", "attention")
+SYSTEMS = ("model", "loss", "optimizer", "attention", "profiling")
 FORBIDDEN: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(SYSTEMS, MEASURING),
     "bench": (*SYSTEMS, "experiments", "workbook", "presentation"),
@@ -102,7 +105,7 @@ class Refuse:
             raise ImportError(name + " is refused")
 
 sys.meta_path.insert(0, Refuse())
-for name in {module_names()!r}:
+for name in {sorted({*module_names()} - {*OF_TRITON})!r}:
     importlib.import_module(name)
 # Something that torch tried and did without leaves no module behind.
 print([name for name in {OPTIONAL!r} if sys.modules.get(name) is not None])

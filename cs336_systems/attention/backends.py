@@ -2,6 +2,9 @@
 
 The operation is always the same mathematics; the name picks the code. A name of ours, or `module:function`
 for one from outside with the signature of `AttentionFunction`.
+
+Ours beyond the plain ones are named by reference and imported when they are chosen: not every system has Triton, and
+a measurement of one implementation does not depend on the source of another.
 """
 
 from __future__ import annotations
@@ -30,6 +33,13 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool) -> Tenso
 
 
 IMPLEMENTATIONS = MappingProxyType({"reference": reference.attention, "sdpa": sdpa})
+BY_REFERENCE = MappingProxyType(
+    {
+        "flash": "cs336_systems.attention.flash:attention",
+        "flash-triton": "cs336_systems.attention.flash_triton:attention",
+    }
+)
+NAMES = (*IMPLEMENTATIONS, *BY_REFERENCE)
 
 
 def resolve_attention(choice: str) -> AttentionFunction:
@@ -38,11 +48,17 @@ def resolve_attention(choice: str) -> AttentionFunction:
     Raises:
         UserError: `choice` is neither a name of ours nor an importable `module:function`.
     """
-    if is_object_reference(choice):
-        function: AttentionFunction = load_object(choice)
-        if not callable(function):
-            raise UserError(f"{choice} must be a function (query, key, value, *, is_causal), found {function!r}")
-        return function
-    if choice not in IMPLEMENTATIONS:
-        raise unknown_name("attention", choice, [*IMPLEMENTATIONS, "module:function"])
-    return IMPLEMENTATIONS[choice]
+    if choice in IMPLEMENTATIONS:
+        return IMPLEMENTATIONS[choice]
+    at = attention_source(choice)
+    if at is None:
+        raise unknown_name("attention", choice, [*NAMES, "module:function"])
+    function: AttentionFunction = load_object(at)
+    if not callable(function):
+        raise UserError(f"{choice} must be a function (query, key, value, *, is_causal), found {function!r}")
+    return function
+
+
+def attention_source(choice: str) -> str | None:
+    """The `module:function` that `choice` stands for, on whose source its measurements depend; None for a plain one."""
+    return choice if is_object_reference(choice) else BY_REFERENCE.get(choice)

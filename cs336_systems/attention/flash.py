@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from cs336_systems.attention.inputs import Alignment, check_inputs, diagonal
 
@@ -36,7 +37,8 @@ TILE = 128
 class FlashAttention(torch.autograd.Function):
     """`FlashAttention.apply(query, key, value, is_causal=False, alignment="top-left")`.
 
-    Saves the inputs, the output, and one tensor of shape (…, queries): the logsumexp.
+    Saves the inputs, the output, and one tensor of shape (…, queries): the logsumexp. Gradients of gradients are
+    refused: the saved logsumexp would be taken for a constant.
     """
 
     @staticmethod
@@ -60,9 +62,12 @@ class FlashAttention(torch.autograd.Function):
         return output
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        query, key, value, output, logsumexp = ctx.saved_tensors
         (grad_output,) = grads
-        return *tiled_backward(*ctx.saved_tensors, grad_output, ctx.diagonal), None, None
+        found = tiled_backward(query, key, value, output, logsumexp, grad_output, ctx.diagonal)
+        return *found, None, None
 
 
 def attention(

@@ -8,8 +8,8 @@ A causal query i sees keys up to i + offset. Key tiles that no query of the tile
 applied only in the last part of the loop: to the tiles on the diagonal, and to the ragged last one.
 
 Everything is computed in float32 with base-2 exponentials, exp(x) = exp2(x · log₂ e), which is what the hardware has.
-Products of float32 inputs run in the precision that the caller names ("ieee" or "tf32"): `tl.dot` on its own takes TF32.
-Each result is accumulated by one program in one order, so that a second run gives the same bits.
+Products of float32 inputs run in the precision that the caller names ("ieee" or "tf32"); `tl.dot` on its own takes
+TF32. Each result is accumulated by one program in one order, so that a second run gives the same bits.
 
 Source: Dao 2023, "FlashAttention-2", algorithms 1 and 2.
 """
@@ -24,7 +24,7 @@ LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _rows_of(base, stride, rows, num_rows, columns, num_columns, EVEN: tl.constexpr):  # type: ignore[no-untyped-def]
+def _rows_of(base, stride, rows, num_rows, columns, num_columns, EVEN: tl.constexpr):
     """A tile of a matrix whose rows lie `stride` apart; zero beyond its rows and columns."""
     pointers = base + rows[:, None] * stride + columns[None, :]
     if EVEN:
@@ -33,7 +33,7 @@ def _rows_of(base, stride, rows, num_rows, columns, num_columns, EVEN: tl.conste
 
 
 @triton.jit
-def forward_kernel(  # type: ignore[no-untyped-def]
+def forward_kernel(
     Q, K, V, O, L,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, o_batch, o_head, o_row,
     num_heads, group, num_queries, num_keys, offset, scale,
@@ -76,7 +76,7 @@ def forward_kernel(  # type: ignore[no-untyped-def]
 
     unseen = total == 0.0
     out = acc / tl.where(unseen, 1.0, total)[:, None]
-    logsumexp = tl.where(unseen, float("-inf"), (maximum + tl.log2(total)) * LN_2)
+    logsumexp = tl.where(unseen, float("-inf"), (maximum + tl.log2(tl.where(unseen, 1.0, total))) * LN_2)
     is_row = rows < num_queries
     tl.store(L + rows, logsumexp, mask=is_row)
     tl.store(
@@ -87,7 +87,7 @@ def forward_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _meet(  # type: ignore[no-untyped-def]
+def _meet(
     acc, total, maximum, q, K, V, k_row, v_row, start, rows, dims, num_keys, offset, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
     MASKED: tl.constexpr, IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
@@ -113,7 +113,7 @@ def _meet(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def delta_kernel(  # type: ignore[no-untyped-def]
+def delta_kernel(
     O, DO, D,
     o_batch, o_head, o_row, do_batch, do_head, do_row,
     num_heads, num_queries,
@@ -130,7 +130,7 @@ def delta_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def grad_key_value_kernel(  # type: ignore[no-untyped-def]
+def grad_key_value_kernel(
     Q, K, V, DO, L, D, DK, DV,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, do_batch, do_head, do_row,
     dk_batch, dk_head, dk_row, dv_batch, dv_head, dv_row,
@@ -181,7 +181,7 @@ def grad_key_value_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _grad_key_value(  # type: ignore[no-untyped-def]
+def _grad_key_value(
     grad_k, grad_v, k, v, Q, DO, L, D, q_row, do_row, start, keys, dims, num_queries, offset, scale,
     HEAD_DIM: tl.constexpr, BLOCK_Q: tl.constexpr, IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):
@@ -205,7 +205,7 @@ def _grad_key_value(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def grad_query_kernel(  # type: ignore[no-untyped-def]
+def grad_query_kernel(
     Q, K, V, DO, L, D, DQ,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, do_batch, do_head, do_row,
     dq_batch, dq_head, dq_row,
@@ -251,7 +251,7 @@ def grad_query_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _grad_query(  # type: ignore[no-untyped-def]
+def _grad_query(
     grad_q, q, grad_out, logsumexp, delta, K, V, k_row, v_row, start, rows, dims, num_keys, offset, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
     MASKED: tl.constexpr, IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr,

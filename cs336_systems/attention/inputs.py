@@ -23,7 +23,9 @@ def check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
     shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in inputs.items())
     for name, tensor in inputs.items():
         if tensor.ndim not in (3, 4) or tensor.ndim != query.ndim:
-            raise UserError(f"expected (batch, length, dim) or (batch, heads, length, dim) for all three, found {shapes}")
+            raise UserError(
+                f"expected (batch, length, dim) or (batch, heads, length, dim) of all three, found {shapes}"
+            )
         if 0 in tensor.shape:
             raise UserError(f"{name} is empty: found {shapes}")
         if not tensor.is_floating_point():

@@ -6,7 +6,7 @@
 
 Written with the operators of the course's model, because published time and memory figures depend on them: two
 einsums, `where` for the mask, and a softmax of four separate operators. The full score matrix is stored several
-times over, which is exactly what FlashAttention removes.
+times over, which is exactly what FlashAttention removes. To a profiler its parts are scores, softmax and value product.
 
 Cost: 4·queries·keys·head_dim FLOPs per head forward (two products), twice that backward; the masked half of a
 causal score matrix is computed all the same.
@@ -21,6 +21,8 @@ import math
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+from cs336_systems.profiling.ranges import named_range
 
 
 def softmax(x: Float[Tensor, "..."], dim: int) -> Float[Tensor, "..."]:
@@ -44,11 +46,14 @@ def scaled_dot_product_attention(
     mask: Bool[Tensor, "... queries keys"] | None = None,
 ) -> Float[Tensor, "... queries value_dim"]:
     """Attention with every intermediate stored; `mask` is True where a query may see a key."""
-    scores = torch.einsum("...qd,...kd->...qk", query, key) / math.sqrt(query.shape[-1])
-    if mask is not None:
-        scores = torch.where(mask, scores, float("-inf"))
-    weights = softmax(scores, dim=-1)
-    return torch.einsum("...qk,...kv->...qv", weights, value)
+    with named_range("scores"):
+        scores = torch.einsum("...qd,...kd->...qk", query, key) / math.sqrt(query.shape[-1])
+        if mask is not None:
+            scores = torch.where(mask, scores, float("-inf"))
+    with named_range("softmax"):
+        weights = softmax(scores, dim=-1)
+    with named_range("value product"):
+        return torch.einsum("...qk,...kv->...qv", weights, value)
 
 
 def attention(

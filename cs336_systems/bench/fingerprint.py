@@ -131,8 +131,12 @@ def measured_modules(experiment: ModuleType) -> list[str]:
     The measuring side is left out, except what times and what watches memory; so is an experiment that `measure` does
     not name, whose results are only shown beside.
     """
+    return sorted({*_closure(_measured_imports(experiment)), *_MEASURED_WITH})
+
+
+def _closure(waiting: list[str]) -> set[str]:
+    """These modules of the package and what they import, less what changes no measured thing."""
     found: set[str] = set()
-    waiting = _measured_imports(experiment)
     while waiting:
         name = waiting.pop()
         room = name.removeprefix(PACKAGE).strip(".").partition(".")[0]
@@ -141,7 +145,7 @@ def measured_modules(experiment: ModuleType) -> list[str]:
             continue
         found.add(name)
         waiting += _measured_imports(importlib.import_module(name)) if room == "experiments" else imported_modules(file)
-    return sorted({*found, *_MEASURED_WITH})
+    return found
 
 
 def _measured_imports(experiment: ModuleType) -> list[str]:
@@ -175,11 +179,18 @@ def file_hash(path: Path) -> str:
 
 
 def _reference_hash(reference: str) -> str | None:
-    """The hash of somebody else's implementation: its file, and what else of its package or folder it has imported."""
+    """The hash of an implementation: its file, and what else of its package or folder it has imported.
+
+    One of this package is not imported for it, so that a machine without Triton can tell of its records.
+    """
+    module_name = reference.partition(":")[0]
+    if module_name.partition(".")[0] == PACKAGE:
+        modules = sorted(_closure([module_name]))
+        return _digest("\n".join(file_hash(file) for file in map(module_file, modules) if file is not None))
     path = source_file_of(reference)
     if path is None:
         return None
-    package = reference.partition(":")[0].partition(".")[0]
+    package = module_name.partition(".")[0]
     folder = path.parent
     files = {path} | {
         Path(file)

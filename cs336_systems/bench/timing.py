@@ -82,6 +82,17 @@ def _time_on_gpu(step: Callable[[], object]) -> tuple[float, float]:
 
 
 @contextlib.contextmanager
+def float32_matmul_precision(precision: str) -> Iterator[None]:
+    """Set PyTorch's float32 matmul precision, and set it back."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextlib.contextmanager
 def no_garbage_collection() -> Iterator[None]:
     """Collect once, then not again until the end."""
     was_enabled = gc.isenabled()
@@ -102,14 +113,12 @@ class Statistics:
     std: float
     """Sample standard deviation (n − 1); NaN for a single sample."""
     median: float
-    minimum: float
 
 
 def describe(samples: Sequence[float]) -> Statistics:
-    """Mean, standard deviation, median and minimum of at least one sample."""
+    """Mean, standard deviation and median of at least one sample."""
     return Statistics(
         mean=statistics.fmean(samples),
         std=statistics.stdev(samples) if len(samples) > 1 else float("nan"),
         median=statistics.median(samples),
-        minimum=min(samples),
     )

@@ -28,7 +28,7 @@ from cs336_systems.bench.fingerprint import fingerprint as fingerprint_of
 from cs336_systems.bench.machine import Machine, resolve_device, this_machine
 from cs336_systems.bench.records import Measurement, Record, Store
 from cs336_systems.bench.sweep import OnPart
-from cs336_systems.bench.timing import time_steps
+from cs336_systems.bench.timing import float32_matmul_precision, time_steps
 from cs336_systems.errors import UserError
 
 # Sides of the square products and sizes of the streamed arrays: long against a launch, and several caches large.
@@ -100,12 +100,8 @@ def measure(case: Case, on_part: OnPart) -> Measurement:
             operation, work = lambda: target.copy_(source), {"bytes": 2 * case.side}
         else:
             operation, work = source.sum, {"bytes": case.side}
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if case.precision == "tf32" else "highest")
-    try:
+    with float32_matmul_precision("high" if case.precision == "tf32" else "highest"):
         timing = time_steps(operation, warmup=_WARMUP, steps=_REPEATS, device=case.device)
-    finally:
-        torch.set_float32_matmul_precision(before)
     on_part(1.0)
     # A GPU's own clock: a wall clock would count the launch against the ceiling.
     samples = timing.device_ms or timing.samples_ms

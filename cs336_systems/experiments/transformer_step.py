@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -27,17 +27,17 @@ from cs336_systems.analysis import flops
 from cs336_systems.analysis.hardware import Peaks, product_precision
 from cs336_systems.analysis.published import PublishedSteps
 from cs336_systems.analysis.roofline import bound, step_bound
+from cs336_systems.attention.backends import attention_source
 from cs336_systems.bench import grid as grids
 from cs336_systems.bench.allocator import PeakMemory, available_bytes, describe_memory
 from cs336_systems.bench.machine import resolve_device
 from cs336_systems.bench.records import Measurement, Record, Store
 from cs336_systems.bench.report import bytes_in_words
 from cs336_systems.bench.sweep import OnPart, OutOfMemory
-from cs336_systems.bench.timing import describe, time_steps
+from cs336_systems.bench.timing import describe, float32_matmul_precision, time_steps
 from cs336_systems.errors import UserError, unknown_name
 from cs336_systems.loss import FORMULATIONS as LOSSES
 from cs336_systems.model import SIZES, TransformerConfig, build_model, check_choices, model_size
-from cs336_systems.object_reference import is_object_reference
 from cs336_systems.optimizer import build_optimizer
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -116,8 +116,8 @@ class Case:
 
     @property
     def object_references(self) -> tuple[str, ...]:
-        """Implementations from outside, whose source a record depends on."""
-        return tuple(name for name in (self.model, self.attention) if name is not None and is_object_reference(name))
+        """Implementations named by reference, whose source a record depends on beside what every case uses."""
+        return tuple(name for name in (self.model, attention_source(self.attention)) if name is not None)
 
     def __str__(self) -> str:
         return f"{self.size}, context {self.context_length}, {self.phase}"
@@ -299,17 +299,6 @@ def require_logits(case: Case, model: torch.nn.Module, tokens: torch.Tensor) -> 
     if found != expected:
         shown = "no tensor" if found is None else f"shape {tuple(found)}"
         raise UserError(f"{case.model} must map tokens {expected[:2]} to logits {expected}, found {shown}")
-
-
-@contextlib.contextmanager
-def float32_matmul_precision(precision: str) -> Iterator[None]:
-    """Set PyTorch's float32 matmul precision, and set it back."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def checked_phase(case: Case) -> flops.Phase:

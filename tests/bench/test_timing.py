@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from cs336_systems.bench.timing import describe, no_garbage_collection, time_steps
+from cs336_systems.bench.timing import describe, float32_matmul_precision, no_garbage_collection, time_steps
 from cs336_systems.errors import UserError
 
 
@@ -60,7 +60,7 @@ def test_statistics_are_those_of_the_samples() -> None:
     reference = torch.tensor(samples, dtype=torch.float64)
     assert found.mean == reference.mean().item()
     assert math.isclose(found.std, reference.std(unbiased=True).item(), rel_tol=1e-12)
-    assert (found.median, found.minimum) == (2.5, 1.0)
+    assert found.median == 2.5
 
 
 def test_a_single_sample_has_no_deviation() -> None:
@@ -73,3 +73,10 @@ def test_device_time_is_within_wall_time_on_a_gpu() -> None:
     timing = time_steps(lambda: a @ a, warmup=2, steps=5, device="cuda")
     assert len(timing.device_ms) == 5
     assert all(0 < device <= wall for device, wall in zip(timing.device_ms, timing.samples_ms, strict=True))
+
+
+def test_the_float32_matmul_precision_is_set_for_the_measurement_and_set_back() -> None:
+    before = torch.get_float32_matmul_precision()
+    with float32_matmul_precision("high"):
+        assert torch.get_float32_matmul_precision() == "high"
+    assert torch.get_float32_matmul_precision() == before

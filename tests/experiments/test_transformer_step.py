@@ -100,13 +100,6 @@ def test_the_same_seed_gives_the_same_model_and_batch() -> None:
     assert not torch.equal(outputs[0], outputs[2])  # type: ignore[arg-type]
 
 
-def test_the_float32_matmul_precision_is_set_for_the_measurement_and_set_back() -> None:
-    before = torch.get_float32_matmul_precision()
-    with transformer_step.float32_matmul_precision("high"):
-        assert torch.get_float32_matmul_precision() == "high"
-    assert torch.get_float32_matmul_precision() == before
-
-
 def test_a_size_that_cannot_fit_is_out_of_memory_at_once_and_says_how_much_it_needs(store: Store) -> None:
     cells = transformer_step.grid(contexts={"10b": [128]}, phases=["step"], device="cpu")
     (record,) = sweep.run(transformer_step, cells, store=store).records
