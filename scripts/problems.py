@@ -59,7 +59,7 @@ def problems_table(index: Index, store: Store) -> Table:
         rows.append(
             {
                 "problem": problem,
-                "records": sum(recorded.get(name, 0) for name in read) if problem.state == "built" else None,
+                "records": sum(recorded.get(name, 0) for name in read) if read else None,
             }
         )
     columns = [

@@ -109,10 +109,11 @@ def test_built_problems_name_code_and_tests_that_exist() -> None:
         assert not missing, f"{problem.id} names files that are not there: {missing}"
 
 
-def test_built_problems_have_a_notebook_that_is_there() -> None:
+def test_built_problems_have_a_notebook_that_is_there_or_one_that_measures_nothing_yet() -> None:
     index = load_index()
     for problem in problems("built"):
-        assert index.notebooks[problem.notebook].path.is_file(), problem.id
+        notebook = index.notebooks[problem.notebook]
+        assert notebook.path.is_file() or not notebook.experiments, problem.id
 
 
 def test_built_problems_have_a_test_marked_with_their_id_among_the_tests_they_name() -> None:
