@@ -15,6 +15,7 @@ import dataclasses
 from pathlib import Path
 
 from cs336_systems.analysis.flops import PHASES
+from cs336_systems.attention.backends import NAMES
 from cs336_systems.bench import sweep
 from cs336_systems.bench.grid import Cell
 from cs336_systems.bench.machine import resolve_device, this_machine
@@ -95,7 +96,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     model.add_argument("--context", type=int, default=512, help="tokens per sequence (default: 512)")
     model.add_argument("--batch", type=int, default=4, help="sequences per batch (default: 4)")
     model.add_argument(
-        "--attention", default="reference", help="reference, sdpa or module:function (default: reference)"
+        "--attention", default="reference", help=f"{', '.join(NAMES)} or module:function (default: reference)"
     )
     model.add_argument(
         "--formulation", default="reference", help="reference (the course's operators) or fused (default: reference)"

@@ -25,7 +25,7 @@ from typing import Any
 import pandas as pd
 
 from cs336_systems.attention import flash_kernels
-from cs336_systems.attention.flash_tiles import KERNELS, SHARED_BYTES, STACK_CEILING, Kernel, tiles_for
+from cs336_systems.attention.flash_tiles import KERNELS, ROWS, SHARED_BYTES, STACK_CEILING, Kernel, tiles_for
 from cs336_systems.bench.progress import Progress
 from cs336_systems.bench.report import MISSING, Column, Table
 from cs336_systems.errors import HelpFormatter, UserError, run_command, unknown_name
@@ -49,9 +49,8 @@ class Variant:
     def may_spill(self) -> int:
         """Bytes of stack that are known of and borne; 0 in 16-bit precisions up to head dimension 128."""
         precision = "half" if ITEMSIZES[self.dtype] == 2 else self.precision
-        rows = [row for kernel, row, of in STACK_CEILING if (kernel, of) == (self.kernel, precision)]
-        row = min((row for row in rows if row >= self.head_dim), default=None)
-        return 0 if row is None else STACK_CEILING[self.kernel, row, precision]  # type: ignore[index]
+        row = next(row for row in ROWS if row >= self.head_dim)
+        return STACK_CEILING.get((self.kernel, row, precision), 0)  # type: ignore[arg-type]
 
 
 @dataclasses.dataclass(frozen=True)
