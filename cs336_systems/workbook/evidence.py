@@ -227,7 +227,8 @@ class Archive:
                 if all(resolve_device(str(each.get("device", "auto"))) == machine.device for each in grids)
             }
             run = dict.fromkeys(given, self._command) if self._command is not None else {}
-            options = request.options if machine.device == resolve_device("auto") else f"{request.options} --device cpu"
+            device = "" if machine.device == resolve_device("auto") else f" --device {machine.device}"
+            options = request.options + device
             yield dataclasses.replace(request, grids={**request.grids, **given}, run=run, options=options)
 
     def _published_requests(self) -> Iterator[Request]:
