@@ -37,3 +37,8 @@ def repository_root() -> Path:
         f"expected a checkout of the workbook around {around}, found none: "
         "run inside the checkout, or set CS336_ROOT to its root"
     )
+
+
+def shown_path(path: Path) -> str:
+    """A path as it is told: from the root of the checkout if it lies within, else whole."""
+    return str(path.relative_to(repository_root()) if path.is_relative_to(repository_root()) else path)

@@ -23,7 +23,7 @@ import pandas as pd
 from cs336_systems.bench.records import Store
 from cs336_systems.bench.report import Column, Table, number, seconds_in_words
 from cs336_systems.errors import HelpFormatter, UserError, run_command
-from cs336_systems.repository import repository_root
+from cs336_systems.repository import shown_path
 from cs336_systems.workbook.documents import require_tools
 from cs336_systems.workbook.editions import build, build_folder, executed_notebooks
 from cs336_systems.workbook.evidence import Archive
@@ -208,10 +208,6 @@ def print_places(is_temporary: bool) -> None:
         print(f"records of {machine}: {shown_path(store.local / machine)} ({', '.join(experiments)})")
     if is_temporary:
         print("That folder was temporary and is gone now; --data-dir FOLDER keeps one.")
-
-
-def shown_path(path: Path) -> str:
-    return str(path.relative_to(repository_root()) if path.is_relative_to(repository_root()) else path)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cs336_systems.bench.records import Store
 from cs336_systems.errors import HelpFormatter, UserError, run_command
-from cs336_systems.repository import repository_root
+from cs336_systems.repository import shown_path
 from cs336_systems.workbook.documents import FONT, FORMATS, require_tools
 from cs336_systems.workbook.editions import (
     build,
@@ -54,7 +54,7 @@ def main(argv: list[str] | None) -> int:
         executed={} if arguments.published else executed_notebooks(store, index, arguments.profile or LAPTOP),
     )
     for path in paths:
-        print(path.relative_to(repository_root()) if path.is_relative_to(repository_root()) else path)
+        print(shown_path(path))
     return 0
 
 
@@ -67,7 +67,7 @@ def update_committed(index: Index, *, check: bool) -> int:
     files = committed(Store.default(), index)
     out_of_date = differing(files)
     for path in out_of_date:
-        print(f"{path.relative_to(repository_root())}: {'out of date' if check else 'written'}")
+        print(f"{shown_path(path)}: {'out of date' if check else 'written'}")
     if not check:
         write_committed(files)
     return 1 if check and out_of_date else 0

@@ -106,7 +106,7 @@ STACK_CEILING: Mapping[tuple[Kernel, int, Precision], int] = MappingProxyType(
 As scripts/check_kernels.py found it with Triton 3.7.1 over head dimensions 16, 32, 64, 80, 128 and 256, causal and not,
 on every GPU of SHARED_BYTES. Float32 in TF32 was not looked at.
 """
-ROWS = (32, 64, 128, 256)
+ROWS = tuple(row.head_dim for row in _HALF["forward"])
 """The head dimensions of the rows: a kernel takes the tiles of the first that is no smaller than its own."""
 
 

@@ -274,7 +274,7 @@ class Findings(tuple[Finding, ...]):
 # Lightness falls in even steps, so that the series stay apart on a grey printer; markers double the distinction.
 COLOURS = ("#0b2545", "#a63d40", "#2a8f85", "#e09f3e", "#8d99ae")
 MARKERS = ("o", "s", "^", "D", "v")
-MEASURED, BOUND, PUBLISHED, PUBLISHED_TOO = COLOURS[0], "#5c6672", COLOURS[1], COLOURS[3]
+BOUND, PUBLISHED, PUBLISHED_TOO = "#5c6672", COLOURS[1], COLOURS[3]
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 
 from cs336_systems.errors import UserError, first_line, unknown_name
 from cs336_systems.files import write_atomically
-from cs336_systems.workbook.draft import Draft
+from cs336_systems.workbook.draft import Draft, picture_file
 from cs336_systems.workbook.writeup import templates_folder
 
 Format = Literal["md", "html", "pdf"]
@@ -66,11 +66,6 @@ def converted(draft: Draft, name: str, formats: Iterable[Format] = FORMATS, *, f
         if "pdf" in formats:
             files[f"{name}.pdf"] = _pdf(draft, folder, font)
     return files
-
-
-def picture_file(block: str) -> str:
-    """The file of the figure with this id."""
-    return f"{block.removeprefix('fig-')}.svg"
 
 
 def write_all(files: Mapping[str, bytes], folder: Path) -> None:

@@ -33,6 +33,11 @@ def reference_mark(name: str) -> str:
     return f"{_REFERENCE}{name}{_END}"
 
 
+def picture_file(name: str) -> str:
+    """The file of the figure with this id."""
+    return f"{name.removeprefix('fig-')}.svg"
+
+
 class DanglingReference(UserError):
     """A reference to what the document does not show."""
 
@@ -89,7 +94,7 @@ class Draft:
         block = self.blocks[name]
         caption = f"**{self.label(name)}.** {escaped(block.caption)}"
         if isinstance(block, Picture):
-            file = f"{figures}/{name.removeprefix('fig-')}.svg"
+            file = f"{figures}/{picture_file(name)}"
             if flavour == "github":
                 return f'<a id="{name}"></a>\n\n![{escaped(block.caption)}]({file})\n\n{caption}'
             return f"![{caption}]({file}){{#{name}}}"

@@ -243,10 +243,9 @@ class Archive:
     def _evidence(self, experiment: str, request: Request) -> Evidence:
         module = load_experiment(experiment)
         known = self._known(experiment, request)
-        records = _completed(experiment, request, known)
+        is_ceilings = module is machine_peaks
+        records = self._ceilings(request) if is_ceilings else _completed(experiment, request, known)
         peaks = self._peaks(request)
-        if module is machine_peaks:
-            records = self._ceilings(request)
         summaries = [
             module.summarise(group, peaks, store=self.store, fingerprint=_now(module, request, outside))
             for outside, group in _by_source_outside(records).items()

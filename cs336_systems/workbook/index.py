@@ -45,6 +45,11 @@ class Notebook:
     experiments: tuple[str, ...] = ()
 
     @property
+    def number(self) -> str:
+        """Its place in the reading order, as its name begins: `01`."""
+        return self.name.partition("_")[0]
+
+    @property
     def path(self) -> Path:
         return repository_root() / "notebooks" / f"{self.name}.ipynb"
 
@@ -90,8 +95,7 @@ class Index:
         wanted = Path(name_or_number).name.removesuffix(".ipynb")
         there = self.notebooks_there()
         for notebook in there:
-            number = notebook.name.partition("_")[0]
-            if wanted == notebook.name or (wanted.isdigit() and int(wanted) == int(number)):
+            if wanted == notebook.name or (wanted.isdigit() and int(wanted) == int(notebook.number)):
                 return notebook
         planned = next((name for name in self.notebooks if name.startswith(f"{wanted}_") or name == wanted), None)
         if planned is not None:
@@ -174,7 +178,7 @@ def readme_index(index: Index) -> str:
     ]
     for problem in index.problems.values():
         notebook = index.notebooks[problem.notebook]
-        number = notebook.name.partition("_")[0]
+        number = notebook.number
         shown = f"[{number}](notebooks/{notebook.name}.ipynb)" if notebook.path.is_file() else number
         cells = (
             f"`{problem.id}`",

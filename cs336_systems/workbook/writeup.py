@@ -188,7 +188,7 @@ def draft(
     def notebook(problem: Problem) -> str:
         known = index.notebooks[problem.notebook]
         if not known.path.is_file():
-            return f"{known.name.partition('_')[0]}, {known.title} (planned)"
+            return f"{known.number}, {known.title} (planned)"
         return f"[{known.title}]({_relative((pages or {}).get(known.name, known.path), folder)})"
 
     environment.globals |= {
