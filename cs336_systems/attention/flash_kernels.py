@@ -33,6 +33,31 @@ def _rows_of(base, stride, rows, num_rows, columns, num_columns, EVEN: tl.conste
 
 
 @triton.jit
+def _keys_to_visit(tile, num_keys, offset, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, IS_CAUSAL: tl.constexpr):
+    """Where the whole tiles of keys end that every query of a tile sees, and where the keys of its last query do."""
+    seen = num_keys
+    whole = num_keys
+    if IS_CAUSAL:
+        seen = tl.maximum(tl.minimum(num_keys, (tile + 1) * BLOCK_Q + offset), 0)
+        whole = tl.maximum(tl.minimum(num_keys, tile * BLOCK_Q + 1 + offset), 0)
+    return whole // BLOCK_K * BLOCK_K, seen
+
+
+@triton.jit
+def _scores(
+    q, k, rows, keys, num_keys, offset, scale,
+    MASKED: tl.constexpr, IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+):
+    """S of a tile, times `scale`; −∞ beyond the last key and, if causal, above the diagonal."""
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    if MASKED:
+        scores = tl.where(keys[None, :] < num_keys, scores, float("-inf"))
+    if IS_CAUSAL:
+        scores = tl.where(keys[None, :] <= rows[:, None] + offset, scores, float("-inf"))
+    return scores
+
+
+@triton.jit
 def forward_kernel(
     Q, K, V, O, L,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, o_batch, o_head, o_row,
@@ -57,12 +82,7 @@ def forward_kernel(
     acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     scale *= LOG2_E
 
-    seen = num_keys
-    whole = num_keys
-    if IS_CAUSAL:
-        seen = tl.maximum(tl.minimum(num_keys, (tile + 1) * BLOCK_Q + offset), 0)
-        whole = tl.maximum(tl.minimum(num_keys, tile * BLOCK_Q + 1 + offset), 0)
-    whole = whole // BLOCK_K * BLOCK_K
+    whole, seen = _keys_to_visit(tile, num_keys, offset, BLOCK_Q, BLOCK_K, IS_CAUSAL)
     for start in range(0, whole, BLOCK_K):
         acc, total, maximum = _meet(
             acc, total, maximum, q, K, V, k_row, v_row, start, rows, dims, num_keys, offset, scale,
@@ -96,11 +116,7 @@ def _meet(
     keys = start + tl.arange(0, BLOCK_K)
     EVEN: tl.constexpr = (not MASKED) and HEAD_DIM == BLOCK_D
     k = _rows_of(K, k_row, keys, num_keys, dims, HEAD_DIM, EVEN)
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-    if MASKED:
-        scores = tl.where(keys[None, :] < num_keys, scores, float("-inf"))
-    if IS_CAUSAL:
-        scores = tl.where(keys[None, :] <= rows[:, None] + offset, scores, float("-inf"))
+    scores = _scores(q, k, rows, keys, num_keys, offset, scale, MASKED, IS_CAUSAL, PRECISION)
     larger = tl.maximum(maximum, tl.max(scores, 1))
     shift = larger
     if MASKED:  # a row that has seen no key so far has no maximum to shift by
@@ -227,12 +243,7 @@ def grad_query_kernel(
     V += batch * v_batch + head // group * v_head
     grad_q = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
 
-    seen = num_keys
-    whole = num_keys
-    if IS_CAUSAL:
-        seen = tl.maximum(tl.minimum(num_keys, (tile + 1) * BLOCK_Q + offset), 0)
-        whole = tl.maximum(tl.minimum(num_keys, tile * BLOCK_Q + 1 + offset), 0)
-    whole = whole // BLOCK_K * BLOCK_K
+    whole, seen = _keys_to_visit(tile, num_keys, offset, BLOCK_Q, BLOCK_K, IS_CAUSAL)
     for start in range(0, whole, BLOCK_K):
         grad_q = _grad_query(
             grad_q, q, grad_out, logsumexp, delta, K, V, k_row, v_row, start, rows, dims, num_keys, offset, scale,
@@ -261,11 +272,7 @@ def _grad_query(
     EVEN: tl.constexpr = (not MASKED) and HEAD_DIM == BLOCK_D
     k = _rows_of(K, k_row, keys, num_keys, dims, HEAD_DIM, EVEN)
     v = _rows_of(V, v_row, keys, num_keys, dims, HEAD_DIM, EVEN)
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2_E)
-    if MASKED:
-        scores = tl.where(keys[None, :] < num_keys, scores, float("-inf"))
-    if IS_CAUSAL:
-        scores = tl.where(keys[None, :] <= rows[:, None] + offset, scores, float("-inf"))
+    scores = _scores(q, k, rows, keys, num_keys, offset, scale * LOG2_E, MASKED, IS_CAUSAL, PRECISION)
     weights = tl.exp2(scores - logsumexp[:, None])
     grad_weights = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
     grad_scores = weights * (grad_weights - delta[:, None])

@@ -93,6 +93,7 @@ _SINGLE: Mapping[Kernel, tuple[_Row, ...]] = MappingProxyType(
 )
 STACK_CEILING: Mapping[tuple[Kernel, int, Precision], int] = MappingProxyType(
     {
+        ("forward", 32, "ieee"): 16,
         ("forward", 64, "ieee"): 256,
         ("grad_key_value", 32, "ieee"): 32,
         ("grad_key_value", 128, "ieee"): 48,
