@@ -39,6 +39,11 @@ def repository_root() -> Path:
     )
 
 
+def cache_folder() -> Path:
+    """Where what can be computed again is kept between runs: compiled code, tuned kernels. Not in git."""
+    return repository_root() / ".cache"
+
+
 def shown_path(path: Path) -> str:
     """A path as it is told: from the root of the checkout if it lies within, else whole."""
     return str(path.relative_to(repository_root()) if path.is_relative_to(repository_root()) else path)

@@ -33,6 +33,15 @@ def _rows_of(base, stride, rows, num_rows, columns, num_columns, EVEN: tl.conste
 
 
 @triton.jit
+def _query_tile(IS_CAUSAL: tl.constexpr):
+    """Which tile of queries this program has; causal, those with the most keys first, so that short ones fill gaps."""
+    tile = tl.program_id(0)
+    if IS_CAUSAL:
+        tile = tl.num_programs(0) - 1 - tile
+    return tile
+
+
+@triton.jit
 def _keys_to_visit(tile, num_keys, offset, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, IS_CAUSAL: tl.constexpr):
     """Where the whole tiles of keys end that every query of a tile sees, and where the keys of its last query do."""
     seen = num_keys
@@ -45,11 +54,11 @@ def _keys_to_visit(tile, num_keys, offset, BLOCK_Q: tl.constexpr, BLOCK_K: tl.co
 
 @triton.jit
 def _scores(
-    q, k, rows, keys, num_keys, offset, scale,
+    q, k, rows, keys, num_keys, offset,
     MASKED: tl.constexpr, IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):
-    """S of a tile, times `scale`; −∞ beyond the last key and, if causal, above the diagonal."""
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    """S of a tile before it is scaled; −∞ beyond the last key and, if causal, above the diagonal."""
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if MASKED:
         scores = tl.where(keys[None, :] < num_keys, scores, float("-inf"))
     if IS_CAUSAL:
@@ -66,7 +75,7 @@ def forward_kernel(
     IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """O and L of one tile of queries of one head; grid (query tiles, batch × heads)."""
-    tile, item = tl.program_id(0), tl.program_id(1)
+    tile, item = _query_tile(IS_CAUSAL), tl.program_id(1)
     batch, head = (item // num_heads).to(tl.int64), (item % num_heads).to(tl.int64)
     Q += batch * q_batch + head * q_head
     K += batch * k_batch + head // group * k_head
@@ -116,12 +125,13 @@ def _meet(
     keys = start + tl.arange(0, BLOCK_K)
     EVEN: tl.constexpr = (not MASKED) and HEAD_DIM == BLOCK_D
     k = _rows_of(K, k_row, keys, num_keys, dims, HEAD_DIM, EVEN)
-    scores = _scores(q, k, rows, keys, num_keys, offset, scale, MASKED, IS_CAUSAL, PRECISION)
-    larger = tl.maximum(maximum, tl.max(scores, 1))
+    scores = _scores(q, k, rows, keys, num_keys, offset, MASKED, IS_CAUSAL, PRECISION)
+    # Scaled after the maximum, so that scaling and shift are one instruction per score.
+    larger = tl.maximum(maximum, tl.max(scores, 1) * scale)
     shift = larger
     if MASKED:  # a row that has seen no key so far has no maximum to shift by
         shift = tl.where(larger == float("-inf"), 0.0, larger)
-    weights = tl.exp2(scores - shift[:, None])
+    weights = tl.exp2(scores * scale - shift[:, None])
     rescale = tl.exp2(maximum - shift)
     v = _rows_of(V, v_row, keys, num_keys, dims, HEAD_DIM, EVEN)
     acc = tl.dot(weights.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
@@ -230,7 +240,7 @@ def grad_query_kernel(
     IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):
     """dQ of one tile of queries; grid (query tiles, batch × heads)."""
-    tile, item = tl.program_id(0), tl.program_id(1)
+    tile, item = _query_tile(IS_CAUSAL), tl.program_id(1)
     batch, head = (item // num_heads).to(tl.int64), (item % num_heads).to(tl.int64)
     rows, dims = tile * BLOCK_Q + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)
     q = _rows_of(Q + batch * q_batch + head * q_head, q_row, rows, num_queries, dims, HEAD_DIM, False)
@@ -272,8 +282,8 @@ def _grad_query(
     EVEN: tl.constexpr = (not MASKED) and HEAD_DIM == BLOCK_D
     k = _rows_of(K, k_row, keys, num_keys, dims, HEAD_DIM, EVEN)
     v = _rows_of(V, v_row, keys, num_keys, dims, HEAD_DIM, EVEN)
-    scores = _scores(q, k, rows, keys, num_keys, offset, scale * LOG2_E, MASKED, IS_CAUSAL, PRECISION)
-    weights = tl.exp2(scores - logsumexp[:, None])
+    scores = _scores(q, k, rows, keys, num_keys, offset, MASKED, IS_CAUSAL, PRECISION)
+    weights = tl.exp2(scores * (scale * LOG2_E) - logsumexp[:, None])
     grad_weights = tl.dot(grad_out, tl.trans(v), input_precision=PRECISION)
     grad_scores = weights * (grad_weights - delta[:, None])
     return tl.dot(grad_scores.to(k.dtype), k, grad_q, input_precision=PRECISION)

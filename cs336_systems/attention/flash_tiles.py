@@ -111,6 +111,16 @@ ROWS = tuple(row.head_dim for row in _HALF["forward"])
 """The head dimensions of the rows: a kernel takes the tiles of the first that is no smaller than its own."""
 
 
+_ALTERNATIVES: Mapping[tuple[Kernel, int, Precision], tuple[Tiles, ...]] = MappingProxyType({})
+"""What else may win, by kernel, head dimension of the row and precision."""
+
+
+def candidates(kernel: Kernel, head_dim: int, itemsize: int, capability: int) -> tuple[Tiles, ...]:
+    """The tiles worth timing, the first being those to take untimed."""
+    first = tiles_for(kernel, head_dim, itemsize, capability)
+    return (first,)
+
+
 def tiles_for(kernel: Kernel, head_dim: int, itemsize: int, capability: int) -> Tiles:
     """The tiles of `kernel` for inputs of `itemsize` bytes on a GPU of `capability` (90 for 9.0), head_dim ≤ 256."""
     for row in (_SINGLE if itemsize == 4 else _HALF)[kernel]:

@@ -12,18 +12,25 @@ Cost: as `attention/flash.py`. Source: Dao 2023, "FlashAttention-2"; CS336 assig
 
 from __future__ import annotations
 
-import math
+import dataclasses
 from typing import Any, Literal, get_args
 
 import torch
-import triton
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from triton import knobs
 
-from cs336_systems.attention.flash_kernels import delta_kernel, forward_kernel, grad_key_value_kernel, grad_query_kernel
-from cs336_systems.attention.flash_tiles import Kernel, tiles_for
+from cs336_systems.attention import flash_tuning
+from cs336_systems.attention.flash_launch import (
+    Problem,
+    dense_rows,
+    launch_delta,
+    launch_forward,
+    launch_grad_key_value,
+    launch_grad_query,
+)
+from cs336_systems.attention.flash_tiles import KERNELS
 from cs336_systems.attention.inputs import Alignment, check_inputs, diagonal
 from cs336_systems.attention.recompute import compiled_backward
 from cs336_systems.errors import UserError, unknown_name
@@ -86,16 +93,43 @@ class FlashAttentionTriton(torch.autograd.Function):
         return *shaped, None, None, None, None
 
 
-def attention(
-    query: Float[Tensor, "batch heads queries head_dim"],
-    key: Float[Tensor, "batch key_heads keys head_dim"],
-    value: Float[Tensor, "batch key_heads keys head_dim"],
-    *,
-    is_causal: bool,
-) -> Float[Tensor, "batch heads queries head_dim"]:
-    """FlashAttention-2 in Triton in the form the model calls."""
-    output: Tensor = FlashAttentionTriton.apply(query, key, value, is_causal)
-    return output
+@dataclasses.dataclass(frozen=True)
+class TritonAttention:
+    """FlashAttention-2 in Triton in the form the model calls, with its choices made."""
+
+    precision: Precision = "ieee"
+    backward: Backward = "triton"
+
+    def __call__(
+        self,
+        query: Float[Tensor, "batch heads queries head_dim"],
+        key: Float[Tensor, "batch key_heads keys head_dim"],
+        value: Float[Tensor, "batch key_heads keys head_dim"],
+        *,
+        is_causal: bool,
+    ) -> Float[Tensor, "batch heads queries head_dim"]:
+        """Attention; see `FlashAttentionTriton`."""
+        arguments = (query, key, value, is_causal, "top-left", self.precision, self.backward)
+        output: Tensor = FlashAttentionTriton.apply(*arguments)
+        return output
+
+    def tune(self, query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool) -> None:
+        """Find the fastest tiles for inputs like these, unless they were found before; see `flash_tuning`."""
+        check_inputs(query, key, value)
+        check_kernel_inputs(query, value)
+        flash_tuning.tune(query, key, value, diagonal(query, key, is_causal), self.precision)
+
+    def configuration(self, query: Tensor, key: Tensor, *, is_causal: bool) -> dict[str, Any]:
+        """Per kernel the tiles that inputs like these are cut into, and whether they were tuned: for records."""
+        kernels = ("forward",) if self.backward == "compiled" else KERNELS
+        problem = Problem.of(query, key, diagonal(query, key, is_causal), self.precision)
+        return {kernel: flash_tuning.chosen(kernel, problem).described() for kernel in kernels}
+
+
+attention = TritonAttention()
+tf32_attention = TritonAttention(precision="tf32")
+graded_attention = TritonAttention(backward="compiled")
+"""The form that flash_backward grades: the Triton forward with a compiled PyTorch backward."""
 
 
 def check_kernel_inputs(query: Tensor, value: Tensor) -> None:
@@ -127,18 +161,9 @@ def flash_forward(
     query: Tensor, key: Tensor, value: Tensor, offset: int | None, precision: str
 ) -> tuple[Tensor, Tensor]:
     """Output and logsumexp of (batch, heads, length, dim) inputs."""
-    query, key, value = (_dense_rows(x) for x in (query, key, value))
-    batch, heads, length, _ = query.shape
-    output = query.new_empty(query.shape)
-    logsumexp = query.new_empty(query.shape[:-1], dtype=torch.float32)
-    constants = _constants("forward", query, offset, precision)
-    forward_kernel[(triton.cdiv(length, constants["BLOCK_Q"]), batch * heads)](
-        *(query, key, value, output, logsumexp),
-        *_strides(query, key, value, output),
-        *_sizes(query, key, offset),
-        **constants,
-    )
-    return output, logsumexp
+    query, key, value = (dense_rows(x) for x in (query, key, value))
+    problem = Problem.of(query, key, offset, precision)
+    return launch_forward(query, key, value, problem, flash_tuning.chosen("forward", problem).tiles)
 
 
 @flash_forward.register_fake
@@ -159,27 +184,13 @@ def flash_backward(
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value."""
-    query, key, value, output, grad_output = (_dense_rows(x) for x in (query, key, value, output, grad_output))
+    query, key, value, output, grad_output = (dense_rows(x) for x in (query, key, value, output, grad_output))
+    problem = Problem.of(query, key, offset, precision)
+    by_key, by_query = (flash_tuning.chosen(kernel, problem).tiles for kernel in ("grad_key_value", "grad_query"))
     logsumexp = logsumexp.contiguous()
-    batch, heads, length, _ = query.shape
-    delta = torch.empty_like(logsumexp)
-    grad_query, grad_key, grad_value = (x.new_empty(x.shape) for x in (query, key, value))
-    by_query = _constants("grad_query", query, offset, precision)
-    by_key = _constants("grad_key_value", query, offset, precision)
-    query_tiles = (triton.cdiv(length, by_query["BLOCK_Q"]), batch * heads)
-    delta_kernel[query_tiles](
-        *(output, grad_output, delta),
-        *_strides(output, grad_output),
-        *(heads, length),
-        **{name: by_query[name] for name in ("HEAD_DIM", "BLOCK_D", "BLOCK_Q")},
-    )
-    saved, strides = (query, key, value, grad_output, logsumexp, delta), _strides(query, key, value, grad_output)
-    sizes = _sizes(query, key, offset)
-    grad_key_value_kernel[(triton.cdiv(key.shape[2], by_key["BLOCK_K"]), batch * key.shape[1])](
-        *saved, grad_key, grad_value, *strides, *_strides(grad_key, grad_value), *sizes, **by_key
-    )
-    grad_query_kernel[query_tiles](*saved, grad_query, *strides, *_strides(grad_query), *sizes, **by_query)
-    return grad_query, grad_key, grad_value
+    saved = (query, key, value, grad_output, logsumexp, launch_delta(output, grad_output))
+    grad_key, grad_value = launch_grad_key_value(*saved, problem, by_key)
+    return launch_grad_query(*saved, problem, by_query), grad_key, grad_value
 
 
 @flash_backward.register_fake
@@ -195,42 +206,3 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     del output, logsumexp, grad_output, offset, precision
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
-
-
-def _dense_rows(x: Tensor) -> Tensor:
-    """With its last dimension contiguous, which the kernels count on; the others may have any stride."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _strides(*tensors: Tensor) -> list[int]:
-    """Of batch, head and row, per tensor."""
-    return [stride for tensor in tensors for stride in tensor.stride()[:3]]
-
-
-def _sizes(query: Tensor, key: Tensor, offset: int | None) -> tuple[int, int, int, int, int, float]:
-    heads, head_dim = query.shape[1], query.shape[3]
-    return heads, heads // key.shape[1], query.shape[2], key.shape[2], offset or 0, 1 / math.sqrt(head_dim)
-
-
-def _constants(kernel: Kernel, query: Tensor, offset: int | None, precision: str) -> dict[str, Any]:
-    """The compile-time arguments of a kernel, and how it is cut."""
-    head_dim = query.shape[3]
-    tiles = tiles_for(kernel, head_dim, query.element_size(), _capability(query))
-    return {
-        "HEAD_DIM": head_dim,
-        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
-        "BLOCK_Q": tiles.queries,
-        "BLOCK_K": tiles.keys,
-        "IS_CAUSAL": offset is not None,
-        "PRECISION": precision,
-        "num_warps": tiles.warps,
-        "num_stages": tiles.stages,
-    }
-
-
-def _capability(tensor: Tensor) -> int:
-    """90 for compute capability 9.0; what the interpreter runs is cut as for the smallest GPU."""
-    if not tensor.is_cuda:
-        return 80
-    major, minor = torch.cuda.get_device_capability(tensor.device)
-    return 10 * major + minor
