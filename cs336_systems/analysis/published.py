@@ -6,11 +6,12 @@ their rows is which work. Times are in milliseconds.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import MappingProxyType
 
 import pandas as pd
 
+from cs336_systems.analysis.attention import AttentionShape
 from cs336_systems.model import TransformerConfig
 
 A100 = "A100 40 GB"
@@ -95,3 +96,67 @@ class PublishedSteps:
         for name in _MODEL:
             rows = rows[rows[name] == getattr(config, name)]
         return rows.iloc[0] if len(rows) else None
+
+
+_WORKSPACE_BYTES = 64 * 2**20
+"""What the matrix library had reserved on the published H100, beyond what attention itself keeps."""
+
+
+class PublishedAttention:
+    """Published times and memory of one-head attention, batch 8, causal, float32, on an H100."""
+
+    def __init__(self, reference: Callable[[str], pd.DataFrame]) -> None:
+        """`reference` reads a table by its name."""
+        names = ["d_model", "seq_len"]
+        self._rows = reference("attention_eager_h100").merge(reference("attention_compile_h100"), on=names)
+
+    def beside(self, shape: AttentionShape, *, compiled: bool, tf32: bool) -> dict[str, float]:
+        """Columns `h100_forward_ms`, `h100_backward_ms` and `h100_kept_bytes`; NaN where nothing was published."""
+        found = {"h100_forward_ms": NAN, "h100_backward_ms": NAN, "h100_kept_bytes": NAN}
+        if (shape.batch_size, shape.heads, shape.is_causal, shape.itemsize) != (8, 1, True, 4) or (tf32 > compiled):
+            return found
+        rows = self._rows[(self._rows["d_model"] == shape.head_dim) & (self._rows["seq_len"] == shape.seq_len)]
+        if not len(rows):
+            return found
+        row, column = rows.iloc[0], ("compile_tf32" if tf32 else "compile" if compiled else "eager")
+        # Seconds of a hundred passes: ten times as many milliseconds per pass.
+        found |= {f"h100_{phase}_ms": 10 * row[f"{column}_{phase}_s_per_100"] for phase in ("forward", "backward")}
+        if not compiled:
+            found["h100_kept_bytes"] = row["memory_after_forward_mib_x"] * 2**20 - _WORKSPACE_BYTES
+        return found
+
+
+class PublishedFlash:
+    """Published times of a Triton FlashAttention-2 forward with a compiled backward, beside eager attention.
+
+    Batch 1, one head, causal, on an H100.
+    """
+
+    def __init__(self, reference: Callable[[str], pd.DataFrame]) -> None:
+        """`reference` reads a table by its name."""
+        self._rows = pd.concat([reference(f"flash_{dtype}_h100") for dtype in ("float32", "bfloat16")])
+
+    def rows(self) -> Iterator[tuple[str, int, int, dict[str, float]]]:
+        """Every shape as (dtype, seq_len, head_dim), with its row."""
+        for shape in self._rows.itertuples():
+            found = self.row(shape.seq_len, shape.d_model, shape.dtype)
+            if found is not None:
+                yield str(shape.dtype), int(shape.seq_len), int(shape.d_model), found
+
+    def row(self, seq_len: int, head_dim: int, dtype: str) -> dict[str, float] | None:
+        """The published row of a shape: tiles, and `<forward|backward|forward-backward>_<eager|triton>_ms`."""
+        of_shape = (self._rows["seq_len"] == seq_len) & (self._rows["d_model"] == head_dim)
+        rows = self._rows[of_shape & (self._rows["dtype"] == dtype)]
+        if not len(rows):
+            return None
+        row = rows.iloc[0]
+        return {
+            "q_tile": row["q_tile"],
+            "k_tile": row["k_tile"],
+            "forward_eager_ms": row["forward_eager_ms"],
+            "forward_triton_ms": row["forward_triton_ms"],
+            "backward_eager_ms": row["backward_eager_ms"],
+            "backward_triton_ms": row["backward_triton_forward_compiled_backward_ms"],
+            "forward-backward_eager_ms": row["end_to_end_eager_ms"],
+            "forward-backward_triton_ms": row["end_to_end_triton_ms"],
+        }

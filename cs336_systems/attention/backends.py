@@ -15,6 +15,7 @@ a measurement of one implementation does not depend on the source of another.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
@@ -79,7 +80,7 @@ class AppliedFunction:
         return output.unflatten(0, query.shape[:2])
 
 
-IMPLEMENTATIONS = MappingProxyType(
+IMPLEMENTATIONS: Mapping[str, AttentionFunction] = MappingProxyType(
     {
         "reference": reference.attention,
         "sdpa": sdpa,
@@ -108,7 +109,7 @@ def resolve_attention(choice: str) -> AttentionFunction:
     """
     if choice.endswith(COMPILED):
         # For exactly the shapes it meets, and without a silent retreat to eager code.
-        plain = resolve_attention(choice.removesuffix(COMPILED))
+        plain: Any = resolve_attention(choice.removesuffix(COMPILED))
         compiled: AttentionFunction = torch.compile(plain, fullgraph=True, dynamic=False)
         return compiled
     if choice in IMPLEMENTATIONS:
@@ -119,7 +120,7 @@ def resolve_attention(choice: str) -> AttentionFunction:
     found = load_object(at)
     if isinstance(found, type) and issubclass(found, torch.autograd.Function):
         return AppliedFunction(found)
-    if not callable(found) or isinstance(found, type):
+    if isinstance(found, type) or not callable(found):
         raise UserError(
             f"{choice} must be a function (query, key, value, *, is_causal) or a class derived from "
             f"torch.autograd.Function, found {found!r}"

@@ -6,7 +6,8 @@ whether there are heads enough to fill a GPU. Nothing is tuned unless it is aske
 without a winner a kernel takes the first candidate, chosen with the compiler's report.
 
 Winners lie in `.cache/flash_tiles/` of the checkout, one file per kind of GPU and version of Triton. A file that speaks
-of other kernels than today's, cannot be read, or names tiles that are no candidates is as good as none.
+of other kernels or candidates than today's, cannot be read, or names tiles that are no candidates is as good as none. A
+process reads it once, and again before it tunes.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib.metadata
+import inspect
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -25,7 +27,7 @@ import torch
 from torch import Tensor
 from triton.errors import TritonError
 
-from cs336_systems.attention import flash_kernels
+from cs336_systems.attention import flash_kernels, flash_tiles
 from cs336_systems.attention.flash_launch import (
     Problem,
     dense_rows,
@@ -34,7 +36,7 @@ from cs336_systems.attention.flash_launch import (
     launch_grad_key_value,
     launch_grad_query,
 )
-from cs336_systems.attention.flash_tiles import KERNELS, Kernel, Tiles, candidates
+from cs336_systems.attention.flash_tiles import KERNELS, Kernel, Precision, Tiles, candidates
 from cs336_systems.errors import UserError, first_line
 from cs336_systems.files import write_atomically
 from cs336_systems.repository import cache_folder
@@ -44,6 +46,8 @@ LENGTHS = (512, 4096)
 MANY_HEADS = 8
 """Heads over the whole batch from which on even short sequences occupy a GPU."""
 Timer = Callable[[Callable[[], object]], float]
+Launch = Callable[[Tiles], object]
+"""Runs a kernel on inputs of its own, cut as it is told."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,22 +80,29 @@ def chosen(kernel: Kernel, problem: Problem) -> Choice:
 
 def known_tiles(kernel: Kernel, problem: Problem) -> tuple[Tiles, ...]:
     """The candidates for a problem, the best by the compiler's report first."""
-    return candidates(kernel, problem.head_dim, problem.dtype.itemsize, problem.capability)
+    precision: Precision = "half"
+    if problem.dtype == torch.float32:
+        precision = "ieee" if problem.precision == "ieee" else "tf32"
+    return candidates(kernel, problem.head_dim, precision, problem.capability)
 
 
 # Winners on the disk -------------------------------------------------------------------------------------------
 
 
+@functools.cache
 def winners(device: torch.device) -> Mapping[str, Tiles]:
-    """What is known of this kind of GPU, by `key_of`."""
-    return _read(winners_file(device))
+    """What is known of this kind of GPU, by `key_of`; outside a checkout nothing is."""
+    try:
+        return _read(winners_file(device))
+    except UserError:
+        return {}
 
 
 def winners_file(device: torch.device) -> Path:
+    """Raises a UserError outside a checkout."""
     return cache_folder() / "flash_tiles" / _file_name(torch.cuda.get_device_name(device))
 
 
-@functools.cache
 def _file_name(device_name: str) -> str:
     gpu = re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-")
     return f"{gpu}-triton-{importlib.metadata.version('triton')}.json"
@@ -99,11 +110,11 @@ def _file_name(device_name: str) -> str:
 
 @functools.cache
 def kernels_hash() -> str:
-    """Of the kernels' source: what won for other kernels says nothing of these."""
-    return hashlib.sha256(Path(flash_kernels.__file__).read_bytes()).hexdigest()[:16]
+    """Of the source of kernels and candidates: what won for others, or among others, says nothing of these."""
+    source = inspect.getsource(flash_kernels) + inspect.getsource(flash_tiles)
+    return hashlib.sha256(source.encode()).hexdigest()[:16]
 
 
-@functools.cache
 def _read(path: Path) -> Mapping[str, Tiles]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -117,14 +128,13 @@ def _read(path: Path) -> Mapping[str, Tiles]:
 def _keep(device: torch.device, found: Mapping[str, Tiles]) -> None:
     """Add winners to the file; of two processes that tune at once the later keeps what it has read, and its own."""
     path = winners_file(device)
-    _read.cache_clear()
     known = {**_read(path), **found}
     content = {
         "kernels": kernels_hash(),
         "winners": {key: dataclasses.asdict(tiles) for key, tiles in sorted(known.items())},
     }
     write_atomically(path, json.dumps(content, indent=1).encode() + b"\n")
-    _read.cache_clear()
+    winners.cache_clear()
 
 
 # Tuning --------------------------------------------------------------------------------------------------------
@@ -148,33 +158,45 @@ def tune(
         What was found, by `key_of`.
 
     Raises:
-        UserError: no candidate of a kernel runs on this GPU, or the winners cannot be written.
+        UserError: the inputs are not on a GPU, no candidate of a kernel runs on it, or the winners cannot be written.
     """
     query, key, value = (dense_rows(x.detach()) for x in (query, key, value))
     problem = Problem.of(query, key, offset, precision)
-    known = winners(problem.device)
-    waiting: list[Kernel] = [
-        kernel for kernel in KERNELS if known.get(key_of(kernel, problem)) not in known_tiles(kernel, problem)
-    ]
-    if not waiting:
-        return {}
-    output, logsumexp = launch_forward(query, key, value, problem, chosen("forward", problem).tiles)
-    grad_output = torch.randn_like(output)
-    saved = (query, key, value, grad_output, logsumexp, launch_delta(output, grad_output))
-    launchers: dict[Kernel, Callable[[Tiles], object]] = {
+    if problem.device.type != "cuda":
+        raise UserError(f"tiles are timed on a CUDA device, found inputs on {problem.device}")
+
+    @functools.cache
+    def saved() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        # Called when the forward has its winner. As gradient of the output any numbers do, so the query's: to draw some
+        # would change what is drawn after tuning.
+        output, logsumexp = launch_forward(query, key, value, problem, chosen("forward", problem).tiles)
+        return query, key, value, query, logsumexp, launch_delta(output, query)
+
+    launches: dict[Kernel, Launch] = {
         "forward": lambda tiles: launch_forward(query, key, value, problem, tiles),
-        "grad_key_value": lambda tiles: launch_grad_key_value(*saved, problem, tiles),
-        "grad_query": lambda tiles: launch_grad_query(*saved, problem, tiles),
+        "grad_key_value": lambda tiles: launch_grad_key_value(*saved(), problem, tiles),
+        "grad_query": lambda tiles: launch_grad_query(*saved(), problem, tiles),
     }
-    found = {
-        key_of(kernel, problem): fastest(launchers[kernel], known_tiles(kernel, problem), timer or _milliseconds)
-        for kernel in waiting
-    }
-    _keep(problem.device, found)
+    return find(problem, launches, timer or _milliseconds)
+
+
+def find(problem: Problem, launches: Mapping[Kernel, Launch], timer: Timer) -> dict[str, Tiles]:
+    """The winner of every kernel that has none for problems like this one, each kept as soon as it is found.
+
+    Raises:
+        UserError: no candidate of a kernel runs on this GPU, or the winners cannot be written.
+    """
+    winners.cache_clear()  # another process may have tuned meanwhile
+    found: dict[str, Tiles] = {}
+    for kernel in KERNELS:
+        if not chosen(kernel, problem).tuned:
+            winner = {key_of(kernel, problem): fastest(kernel, launches[kernel], known_tiles(kernel, problem), timer)}
+            _keep(problem.device, winner)
+            found |= winner
     return found
 
 
-def fastest(launch: Callable[[Tiles], object], tiles: tuple[Tiles, ...], timer: Timer) -> Tiles:
+def fastest(kernel: Kernel, launch: Launch, tiles: tuple[Tiles, ...], timer: Timer) -> Tiles:
     """The candidate with the least time; one that the GPU or the compiler refuses is out.
 
     Raises:
@@ -185,10 +207,12 @@ def fastest(launch: Callable[[Tiles], object], tiles: tuple[Tiles, ...], timer: 
     for candidate in tiles:
         try:
             times[candidate] = timer(functools.partial(launch, candidate))
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise  # the inputs are too large, or a kernel is at fault: nothing that other tiles would mend
         except (TritonError, RuntimeError) as error:
-            refused.append(f"{candidate}: {first_line(error)}")
+            refused.append(f"{candidate} ({first_line(error)})")
     if not times:
-        raise UserError(f"none of the kernel's tiles runs on this GPU: {'; '.join(refused)}")
+        raise UserError(f"none of the tiles of {kernel} runs on this GPU: {'; '.join(refused)}")
     return min(times, key=times.__getitem__)
 
 

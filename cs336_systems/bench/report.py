@@ -13,7 +13,7 @@ import html
 import io
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -310,6 +310,17 @@ def logarithmic(axis: Any) -> None:
     axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 8) if within_a_decade else (1, 2, 5)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
     axis.set_minor_formatter(NullFormatter())
+
+
+def lengths(axis: Any, measured: Iterable[int]) -> None:
+    """Make a matplotlib axis one of sequence lengths, named where one was measured: 256, 1k, 16k."""
+    from matplotlib.ticker import NullLocator
+
+    known = sorted(set(measured))
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    axis.set_ticks(known, [f"{length // 1024}k" if length % 1024 == 0 else str(length) for length in known])
+    axis.set_minor_locator(NullLocator())
+    axis.set_tick_params(labelsize="small" if len(known) > 5 else None)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,7 @@ record with its traceback; Ctrl-C, `kill -9` and a full disk end the run, and th
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import sys
 import time
@@ -33,7 +34,7 @@ OnPart = Callable[[float], object]
 
 
 AVAILABLE = "available_bytes"
-"""The value in an out-of-memory record that says how much memory there was."""
+"""The value in a record that says how much memory there was when it did not suffice, for all of it or a part."""
 
 
 class OutOfMemory(Exception):
@@ -234,7 +235,8 @@ def _is_settled(known: dict[str, Record], cell: Cell[Any], fingerprint_now: dict
         return record.status == "skipped" and record.reason == cell.skip_reason
     if record.stale_reasons(fingerprint_now):
         return False
-    return record.status != "oom" or available <= record.measurement.values.get(AVAILABLE, 0)
+    least = 0 if record.status == "oom" else math.inf
+    return available <= record.measurement.values.get(AVAILABLE, least)
 
 
 def _key(cell: Cell[Any]) -> str:

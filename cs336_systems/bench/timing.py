@@ -4,6 +4,9 @@ Work on a GPU is asynchronous: a clock that is read before the device is done ti
 a synchronisation, inside the timed region (wall clock), and on a GPU a pair of CUDA events around the step tells the
 device's own time beside it. Python's garbage collector is off meanwhile, as in `timeit`.
 
+What is to be compared runs interleaved, one round after the other, so that whatever disturbs a machine for a while
+disturbs all alike.
+
 Source: CS336 assignment 2, section 1.1.3; the samples and warm-ups as in pyperf.
 """
 
@@ -14,7 +17,7 @@ import dataclasses
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -52,17 +55,41 @@ def time_steps(
     """
     if steps < 1 or warmup < 0:
         raise UserError(f"expected at least 1 measured step and 0 warm-ups, found {steps} and {warmup}")
-    wall_ms: list[float] = []
-    device_ms: list[float] = []
+    return time_rounds({"step": step}, warmup=warmup, rounds=steps, device=device, on_round=on_step)["step"]
+
+
+def time_rounds(
+    calls: Mapping[str, Callable[[], object]],
+    *,
+    warmup: int,
+    rounds: int,
+    device: str,
+    on_round: Callable[[], object] = lambda: None,
+) -> dict[str, Timing]:
+    """Run all `calls` in their order, once per round, timing each; a call may use what one before it left.
+
+    `on_round` is called after each round, outside the timed region.
+
+    Raises:
+        UserError: fewer than one measured round, or a negative number of warm-ups.
+    """
+    if rounds < 1 or warmup < 0:
+        raise UserError(f"expected at least 1 measured round and 0 warm-ups, found {rounds} and {warmup}")
+    wall_ms: dict[str, list[float]] = {name: [] for name in calls}
+    device_ms: dict[str, list[float]] = {name: [] for name in calls}
     with no_garbage_collection():
         synchronize(device)
-        for _ in range(warmup + steps):
-            elapsed = _time_on_gpu(step) if device == "cuda" else (_time_on_cpu(step), None)
-            wall_ms.append(elapsed[0])
-            if elapsed[1] is not None:
-                device_ms.append(elapsed[1])
-            on_step()
-    return Timing(tuple(wall_ms[:warmup]), tuple(wall_ms[warmup:]), tuple(device_ms[warmup:]))
+        for _ in range(warmup + rounds):
+            for name, call in calls.items():
+                elapsed = _time_on_gpu(call) if device == "cuda" else (_time_on_cpu(call), None)
+                wall_ms[name].append(elapsed[0])
+                if elapsed[1] is not None:
+                    device_ms[name].append(elapsed[1])
+            on_round()
+    return {
+        name: Timing(tuple(wall[:warmup]), tuple(wall[warmup:]), tuple(device_ms[name][warmup:]))
+        for name, wall in wall_ms.items()
+    }
 
 
 def _time_on_cpu(step: Callable[[], object]) -> float:
@@ -103,6 +130,17 @@ def no_garbage_collection() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+def benched_ms(call: Callable[[], object], rep_ms: int = 20) -> float:
+    """The median of a call on a GPU by `triton.testing.do_bench`, which empties the L2 cache before each.
+
+    The launch is hidden behind that, so it is the device's time alone.
+    """
+    from triton.testing import do_bench  # not on every system
+
+    median: float = do_bench(call, warmup=max(1, rep_ms // 4), rep=rep_ms, return_mode="median")
+    return median
 
 
 @dataclasses.dataclass(frozen=True)

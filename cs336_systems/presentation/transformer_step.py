@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from cs336_systems.analysis.published import A100, H100, PUBLISHED_DECIMALS_MS
+from cs336_systems.bench import remarks
+from cs336_systems.bench.remarks import circumstances, marks, staleness
 from cs336_systems.bench.report import (
     BOUND,
     COLOURS,
@@ -26,7 +28,6 @@ from cs336_systems.bench.report import (
     number,
     percent,
     plural,
-    verbatim,
     with_deviation,
     within,
 )
@@ -150,7 +151,7 @@ def measured_text(row: Any) -> str:
     """Mean ± standard deviation with its marks, or why there is none."""
     if row.status != "ok":
         return str(row.status)
-    return with_deviation(row.mean_ms, row.std_ms) + (" ~" if row.noise else "") + (" †" if row.stale else "")
+    return with_deviation(row.mean_ms, row.std_ms) + marks(row)
 
 
 def caption(summary: pd.DataFrame) -> str:
@@ -173,38 +174,9 @@ def _shared_choices(summary: pd.DataFrame) -> list[str]:
     ]
 
 
-def circumstances(summary: pd.DataFrame) -> str:
-    """The machine and what ran on it, as the records tell: `epyc-turin-2c, 2 threads, PyTorch 2.13.0`."""
-    machines, threads, versions = (summary[name].dropna().unique() for name in ("machine", "threads", "torch"))
-    texts = [" and ".join(machines)]
-    if len(threads):
-        texts.append(" or ".join(plural(int(count), "thread") for count in threads))
-    if len(versions):
-        texts.append(f"PyTorch {' and '.join(versions)}")
-    return ", ".join(texts)
-
-
 def notes_below(summary: pd.DataFrame) -> list[str]:
     """What the marks mean, and why a row has no time."""
-    notes = []
-    noisy, stale = summary[summary["noise"] != ""], summary[summary["stale"] != ""]
-    if len(noisy):
-        texts = [f"{_name(row)} ({row['noise']})" for _, row in noisy.iterrows()]
-        notes.append(f"~ noisy, {len(noisy)} of {len(summary)} cases: {_enumerated(texts)}")
-    if len(stale):
-        notes.append("† stale: " + "; ".join(sorted(set(stale["stale"]))))
-    untimed = summary[summary["status"] != "ok"]
-    for (status, reason), rows in untimed.groupby(["status", "reason"], sort=False, dropna=False):
-        # An exception's message is no Markdown.
-        told = reason if isinstance(reason, str) and reason else "no reason was recorded"
-        why = told if status == "missing" else verbatim(told)
-        notes.append(f"{status}: {_enumerated([_name(row) for _, row in rows.iterrows()])}: {why}")
-    return notes
-
-
-def _enumerated(texts: Sequence[str], most: int = 12) -> str:
-    """All of a few; of many the first, and how many more."""
-    return "; ".join(texts[:most]) + (f"; and {len(texts) - most} more" if len(texts) > most else "")
+    return remarks.notes_below(summary, _name)
 
 
 def figure(summary: pd.DataFrame) -> Picture:
@@ -310,13 +282,6 @@ def findings(summary: pd.DataFrame) -> Findings:
             *staleness(summary),
         ]
     )
-
-
-def staleness(rows: pd.DataFrame) -> list[Finding]:
-    """That the sentences above speak of an earlier source, if they do."""
-    stale = int((rows["stale"] != "").sum())
-    cases = plural(len(rows), "case")
-    return [Finding(f"Stale (†) are {stale} of {cases}: they say nothing of today's source.")] if stale else []
 
 
 def _backward_against_forward(rows: pd.DataFrame) -> Finding | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from cs336_systems.analysis.published import A100, PUBLISHED_DECIMALS_MS, PUBLISHED_STEPS, PUBLISHED_WARMUPS
+from cs336_systems.bench.remarks import circumstances, staleness
 from cs336_systems.bench.report import (
     BOUND,
     COLOURS,
@@ -25,13 +26,7 @@ from cs336_systems.bench.report import (
     plural,
     within,
 )
-from cs336_systems.presentation.transformer_step import (
-    circumstances,
-    measured_text,
-    notes_below,
-    published_text,
-    staleness,
-)
+from cs336_systems.presentation.transformer_step import measured_text, notes_below, published_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -18,12 +18,14 @@ from cs336_systems.errors import UserError
 pytest.importorskip("triton", reason="Triton is for Linux only")
 
 import interpreted_flash
-from interpreted_flash import Case, drawn, errors, run, same_bits, table
+from interpreted_flash import Case, drawn, errors, failures, run, same_bits, table
 
 from cs336_systems.attention.flash_triton import FlashAttentionTriton
 
 pytestmark = [pytest.mark.problem("flash_forward"), pytest.mark.problem("flash_backward")]
 CASES = [str(case) for case in table()]
+FORMS = 40
+"""Heads, head dimensions, masks and layouts that a thousand random shapes are drawn with."""
 Report = dict[str, Any]
 
 
@@ -37,7 +39,7 @@ def report_of(device: str, **environment: str) -> Report:
         capture_output=True,
         text=True,
         check=False,
-        timeout=220,
+        timeout=220 if device == "cpu" else 900,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     found: Report = json.loads(done.stdout.splitlines()[-1])
@@ -66,6 +68,11 @@ def assert_all_true(found: Any) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_results_err_no_more_than_a_few_times_what_the_reference_errs(report: Report, case: str) -> None:
     assert_within(report[case])
+
+
+@pytest.mark.slow
+def test_every_candidate_that_tuning_may_choose_gives_the_same(report: Report) -> None:
+    assert report["every candidate"] == []
 
 
 @pytest.mark.slow
@@ -122,11 +129,17 @@ def report_of_gpu() -> Report:
 
 
 @pytest.mark.gpu
+@pytest.mark.timeout(1000)  # the first of them compiles for all
 @pytest.mark.parametrize("case", CASES)
 def test_on_a_gpu_results_err_no_more_than_a_few_times_what_the_reference_errs(
     report_of_gpu: Report, case: str
 ) -> None:
     assert_within(report_of_gpu[case])
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_every_candidate_that_tuning_may_choose_gives_the_same(report_of_gpu: Report) -> None:
+    assert report_of_gpu["every candidate"] == []
 
 
 @pytest.mark.gpu
@@ -153,6 +166,24 @@ def random_case(seed: int, dtype: str) -> Case:
 @pytest.mark.parametrize("seed", range(12))
 def test_on_a_gpu_inputs_of_random_shapes_equal_float64(seed: int, dtype: str) -> None:
     assert_within(errors(random_case(seed, dtype), "cuda"))
+
+
+def many_cases(dtype: str, count: int) -> list[Case]:
+    """Random lengths; the rest is drawn from a few forms, for which alone the compiler is needed."""
+    chance = random.Random(0)
+    return [
+        random_case(seed % FORMS, dtype)._replace(lengths=(chance.randint(1, 700), chance.randint(1, 700)))
+        for seed in range(count)
+    ]
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_on_a_gpu_inputs_of_a_thousand_random_shapes_equal_float64(dtype: str) -> None:
+    cases = many_cases(dtype, 1000)
+    wrong = failures(errors, cases, "cuda")
+    assert not wrong, f"{len(wrong)} of {len(cases)} cases: " + "\n".join(wrong)
 
 
 @pytest.mark.gpu

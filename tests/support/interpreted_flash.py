@@ -6,6 +6,7 @@ TRITON_INTERPRET=1 where there is no GPU. What the kernels forget to write is Na
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -13,13 +14,21 @@ import math
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 from float64_attention import Results, float64_attention, largest_error, materialised_errors
 from torch import Tensor
 
+from cs336_systems.attention.flash_launch import (
+    Problem,
+    launch_delta,
+    launch_forward,
+    launch_grad_key_value,
+    launch_grad_query,
+)
+from cs336_systems.attention.flash_tiles import KERNELS, ROWS, Kernel, Precision, Tiles, candidates
 from cs336_systems.attention.flash_triton import (
     Backward,
     FlashAttentionTriton,
@@ -48,6 +57,9 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "one for the whole batch": lambda x: x[:1].expand(x.shape),
 }
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
+SMALL_HEAD_DIMS: tuple[int, ...] = (16, 32, 64)
+INTERPRETED_PRECISIONS: dict[str, tuple[Precision, ...]] = {"float32": ("ieee", "tf32"), "float16": ("half",)}
+GPU_PRECISIONS: dict[str, tuple[Precision, ...]] = {"float32": ("ieee",), "float16": ("half",), "bfloat16": ("half",)}
 
 
 class Case(NamedTuple):
@@ -111,14 +123,20 @@ def run(
 
 
 def errors(case: Case, device: str) -> dict[str, tuple[float, float]]:
+    """Of the tiles that are taken untimed, or won; see `compared`."""
+    inputs = drawn(case, device)
+    return compared(inputs, diagonal(*inputs[:2], *MASKS[case.mask]), run(inputs, case.mask, case.backward))
+
+
+def compared(
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor], offset: int | None, found: Results
+) -> dict[str, tuple[float, float]]:
     """Per result: its largest error, and the most it may be.
 
     A small multiple of what the same precision errs with every intermediate stored, and some roundings: dP − D may
     cancel, and then errs by roundings of its terms.
     """
-    inputs = drawn(case, device)
-    offset = diagonal(*inputs[:2], *MASKS[case.mask])
-    expected, found = float64_attention(*inputs, offset), run(inputs, case.mask, case.backward)
+    expected = float64_attention(*inputs, offset)
     allowed = materialised_errors(*inputs, offset)
     _, _, value, grad_output = (x.double() for x in inputs)
     terms = float((grad_output.flatten(0, -2) @ value.flatten(0, -2).mT).abs().max())
@@ -132,6 +150,80 @@ def errors(case: Case, device: str) -> dict[str, tuple[float, float]]:
         if result.shape != exact.shape:
             raise AssertionError(f"{name} of shape {tuple(result.shape)}, expected {tuple(exact.shape)}")
     return report
+
+
+class Cut(NamedTuple):
+    """What is launched with one candidate of each kernel."""
+
+    head_dim: int
+    dtype: str
+    tiles: dict[Kernel, Tiles]
+
+    def __str__(self) -> str:
+        numbers = {kernel: "/".join(map(str, dataclasses.astuple(tiles))) for kernel, tiles in self.tiles.items()}
+        cut = ", ".join(f"{kernel} {each}" for kernel, each in numbers.items())
+        return f"d{self.head_dim}, {self.dtype}: {cut}"
+
+
+def cuts(device: str) -> list[Cut]:
+    """Every candidate: on a GPU those of that GPU, elsewhere those for small head dimensions before Hopper and on it.
+
+    The interpreter knows nothing of warps, stages and TF32, so there tiles of one size are one.
+    """
+    on_gpu = device == "cuda"
+    capabilities: tuple[int, ...] = (80, 90)
+    head_dims, of_dtype = SMALL_HEAD_DIMS, INTERPRETED_PRECISIONS
+    if on_gpu:
+        capabilities = (_capability(),)
+        head_dims, of_dtype = ROWS, GPU_PRECISIONS
+    found = []
+    for head_dim, dtype in itertools.product(head_dims, of_dtype):
+        distinct: dict[Kernel, list[Tiles]] = {}
+        for kernel in KERNELS:
+            known = [
+                tiles
+                for precision, capability in itertools.product(of_dtype[dtype], capabilities)
+                for tiles in candidates(kernel, head_dim, precision, capability)
+            ]
+            distinct[kernel] = [*{tiles if on_gpu else (tiles.queries, tiles.keys): tiles for tiles in known}.values()]
+        found += [
+            Cut(head_dim, dtype, {kernel: of[index % len(of)] for kernel, of in distinct.items()})
+            for index in range(max(map(len, distinct.values())))
+        ]
+    return found
+
+
+def _capability() -> int:
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
+
+
+def errors_of_cut(cut: Cut, device: str) -> dict[str, tuple[float, float]]:
+    """The errors of kernels that are cut like this, at lengths that leave ragged tiles at both ends; see `compared`."""
+    case = Case((70, 130), "lower-right", cut.dtype, cut.head_dim, (2, 1), "contiguous")
+    query, key, value, grad_output = inputs = drawn(case, device, batch=1)
+    offset = diagonal(query, key, *MASKS[case.mask])
+    problem = Problem.of(query, key, offset, "ieee")
+    output, logsumexp = launch_forward(query, key, value, problem, cut.tiles["forward"])
+    saved = (query, key, value, grad_output, logsumexp, launch_delta(output, grad_output))
+    grad_key, grad_value = launch_grad_key_value(*saved, problem, cut.tiles["grad_key_value"])
+    grad_query = launch_grad_query(*saved, problem, cut.tiles["grad_query"])
+    return compared(inputs, offset, Results(output, logsumexp, grad_query, grad_key, grad_value))
+
+
+def failures(errors_of: Callable[[Any, str], Any], cases: Iterable[Any], device: str) -> list[str]:
+    """The cases whose results err too much, or whose launch raises, each with what is wrong."""
+    told = []
+    for case in cases:
+        found = outcome(functools.partial(errors_of, case, device))
+        if "raised" in found:
+            told.append(f"{case}: {found['raised'].strip().splitlines()[-1]}")
+        else:
+            wrong = [
+                f"{name} {error:.3g} > {bound:.3g}" for name, (error, bound) in found.items() if not error <= bound
+            ]
+            told += [f"{case}: {', '.join(wrong)}"] if wrong else []
+    return told
 
 
 def same_bits(first: Results, second: Results, items: Any = ...) -> list[bool]:
@@ -275,6 +367,7 @@ def main() -> None:
     # Deterministic: so is uninitialized memory, which is filled with NaN.
     torch.use_deterministic_algorithms(True, warn_only=device == "cuda")
     report = {str(case): outcome(functools.partial(errors, case, device)) for case in table()}
+    report["every candidate"] = failures(errors_of_cut, cuts(device), device)
     report |= {name: outcome(work) for name, work in properties(device).items()}
     print(json.dumps(report))
 

@@ -1,0 +1,447 @@
+"""Problem `flash_benchmarking`, as tables, a figure and sentences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from cs336_systems.analysis.attention import AttentionShape
+from cs336_systems.analysis.attention import intensity as flops_per_byte
+from cs336_systems.analysis.hardware import gpu_peaks
+from cs336_systems.analysis.published import H100
+from cs336_systems.bench import remarks
+from cs336_systems.bench.remarks import circumstances, marks, staleness
+from cs336_systems.bench.report import (
+    BOUND,
+    COLOURS,
+    MARKERS,
+    MISSING,
+    PUBLISHED,
+    Column,
+    Finding,
+    Findings,
+    Picture,
+    Table,
+    bytes_in_words,
+    figure_style,
+    lengths,
+    logarithmic,
+    number,
+    percent,
+    plural,
+    within,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+REFERENCE = "reference"
+OURS = ("flash-triton", "flash")
+"""Whichever there is stands for ours, the first before the second."""
+_PARTS = (("forward", "forward"), ("backward", "backward"), ("both", "forward + backward"))
+TERA = 1e12
+
+
+def table(summary: pd.DataFrame) -> Table:
+    """Every shape and implementation: time, rate, share of the peak, memory, and error beside eager's own."""
+    columns = [
+        *identity(summary),
+        Column("forward (ms)", partial(_time, column="forward")),
+        Column("backward (ms)", partial(_time, column="backward")),
+        Column("both (ms)", partial(_time, column="both")),
+        Column("floor of both (ms)", lambda row: number(row.both_bound_ms)),
+        Column("eager / this", lambda row: number(row.both_speedup, 2)),
+        Column("TFLOP/s", lambda row: number(row.both_flops_per_s / TERA)),
+        Column("of peak", lambda row: percent(row.both_share)),
+        Column("peak memory (MiB)", lambda row: number(row.peak_bytes / 2**20)),
+        Column("error of output", lambda row: _power(row.output_error)),
+        Column("of gradients", lambda row: _power(row.gradient_error)),
+        Column("tiles", tiles, "left"),
+    ]
+    notes = [
+        "TFLOP/s and the share of the peak are of forward with backward, 3.5 times the products of forward, and count "
+        "visible pairs alone. Peak memory is what both allocate on top of the inputs. Errors are ‖found − exact‖ / "
+        "‖exact‖, exact being float64; of the gradients the largest of the three.",
+        *notes_below(summary),
+    ]
+    return Table.of(summary, columns, caption=caption(summary), notes=notes)
+
+
+def elsewhere(summary: pd.DataFrame) -> Table | Finding:
+    """The published records of all machines, each with its own floor."""
+    return remarks.by_machine(summary, table)
+
+
+def identity(summary: pd.DataFrame) -> list[Column]:
+    """The columns that tell rows apart; what is the same for all stands in the caption."""
+    varying = [name for name in ("dtype", "is_causal", "batch_size", "heads") if _varies(summary, name)]
+    return [
+        Column("length", lambda row: f"{row.seq_len:,}"),
+        Column("d", lambda row: str(row.head_dim)),
+        *(Column(_HEADINGS[name], partial(_choice, name=name), "left") for name in varying),
+        Column("implementation", lambda row: row.implementation, "left"),
+    ]
+
+
+_HEADINGS = {"dtype": "precision", "is_causal": "mask", "batch_size": "batch", "heads": "heads"}
+
+
+def _choice(row: Any, name: str) -> str:
+    value = getattr(row, name)
+    return ("causal" if value else "none") if name == "is_causal" else str(value)
+
+
+def _varies(summary: pd.DataFrame, name: str) -> bool:
+    return bool(len(summary)) and summary[name].nunique() > 1
+
+
+def _time(row: Any, column: str) -> str:
+    if row.status != "ok":
+        return str(row.status)
+    return within(getattr(row, f"{column}_ms"), getattr(row, f"{column}_std_ms")) + marks(row)
+
+
+def _power(value: float) -> str:
+    """An error as 2.4e-07: what counts is its power of ten."""
+    return MISSING if math.isnan(value) else f"{value:.1e}"
+
+
+def tiles(row: Any) -> str:
+    """Queries × keys per tile of each kernel, where an implementation tells; "untuned" where they were not chosen."""
+    if not row.configuration:
+        return MISSING
+    texts = [f"{each['queries']} × {each['keys']}" for each in row.configuration.values()]
+    untuned = any(not each["tuned"] for each in row.configuration.values())
+    return ", ".join(texts) + (" (untuned)" if untuned else "")
+
+
+def speedups(summary: pd.DataFrame) -> Table:
+    """Ours in Triton over eager attention, shape by shape, beside what others published: times, ratios and tiles."""
+    ours = _ours(summary)
+    eager = summary[summary["implementation"] == REFERENCE]
+    same = ["seq_len", "head_dim", "dtype", "is_causal", "batch_size", "heads"]
+    rows = ours.merge(eager[[*same, *(f"{column}_ms" for column, _ in _PARTS)]], on=same, suffixes=("", "_eager"))
+    columns = [
+        Column("length", lambda row: f"{row.seq_len:,}"),
+        Column("d", lambda row: str(row.head_dim)),
+        Column("precision", lambda row: row.dtype, "left"),
+        *(column for name, heading in _PARTS for column in _comparison(name, heading)),
+        Column("tiles", tiles, "left"),
+        Column(f"{H100} tile", _published_tile, "left"),
+    ]
+    name = ours["implementation"].iloc[0] if len(ours) else OURS[0]
+    return Table.of(rows, columns, caption=f"{name} over eager: {_shared(summary)}", notes=notes_below(ours))
+
+
+def _comparison(name: str, heading: str) -> list[Column]:
+    return [
+        Column(f"{heading}: eager (ms)", lambda row: number(getattr(row, f"{name}_ms_eager"))),
+        Column("ours (ms)", lambda row: number(getattr(row, f"{name}_ms"))),
+        Column("eager / ours", lambda row: number(getattr(row, f"{name}_ms_eager") / getattr(row, f"{name}_ms"), 2)),
+        Column(f"{H100} eager / Triton", partial(_published_speedup, name=name)),
+    ]
+
+
+def _published_speedup(row: Any, name: str) -> str:
+    return number(getattr(row, f"h100_{name}_eager_ms") / getattr(row, f"h100_{name}_triton_ms"), 2)
+
+
+def _published_tile(row: Any) -> str:
+    return MISSING if math.isnan(row.h100_q_tile) else f"{row.h100_q_tile:.0f} × {row.h100_k_tile:.0f}"
+
+
+def published(others: pd.DataFrame) -> Table:
+    """The published figures alone: a Triton forward with a compiled backward, against eager attention."""
+    columns = [
+        Column("length", lambda row: f"{row.seq_len:,}"),
+        Column("d", lambda row: str(row.head_dim)),
+        Column("precision", lambda row: row.dtype, "left"),
+        *(column for name, heading in _PARTS for column in _published_columns(name, heading)),
+        Column("tile", _published_tile, "left"),
+    ]
+    return Table.of(others, columns, caption=f"Published: FlashAttention-2 on an {H100}, batch 1, one head, causal")
+
+
+def _published_columns(name: str, heading: str) -> list[Column]:
+    return [
+        Column(f"{heading}: eager (ms)", lambda row: number(getattr(row, f"h100_{name}_eager_ms"))),
+        Column("Triton (ms)", lambda row: number(getattr(row, f"h100_{name}_triton_ms"))),
+        Column("eager / Triton", partial(_published_speedup, name=name)),
+    ]
+
+
+def caption(summary: pd.DataFrame) -> str:
+    return f"Attention by implementation: {_shared(summary)}" if len(summary) else "No records"
+
+
+def _shared(summary: pd.DataFrame) -> str:
+    """What all rows share, from the records themselves."""
+    if not len(summary):
+        return "no records"
+    first = summary.iloc[0]
+    settings = [circumstances(summary)]
+    triton = summary["triton"].dropna().unique()
+    settings += [f"Triton {' and '.join(triton)}"] if len(triton) else []
+    settings += [
+        text
+        for name, text in (
+            ("batch_size", f"batch {first['batch_size']}"),
+            ("heads", plural(int(first["heads"]), "head")),
+            ("dtype", str(first["dtype"])),
+            ("is_causal", "causal" if first["is_causal"] else "no mask"),
+        )
+        if not _varies(summary, name)
+    ]
+    return ", ".join([*settings, f"medians of {plural(int(first['rounds']), 'round')}"])
+
+
+def notes_below(summary: pd.DataFrame) -> list[str]:
+    return remarks.notes_below(summary, _name, _case_name) if len(summary) else []
+
+
+def _name(row: pd.Series) -> str:
+    return f"{row['implementation']} at {_case_name(row)}"
+
+
+def _case_name(row: pd.Series) -> str:
+    return f"length {row['seq_len']:,}, d {row['head_dim']}, {row['dtype']}"
+
+
+# Figure --------------------------------------------------------------------------------------------------------
+
+
+def figure(summary: pd.DataFrame) -> Picture:
+    """Forward, backward and memory over the length for every implementation, at one head dimension and precision."""
+    rows = summary
+    for name in ("dtype", "head_dim", "is_causal"):  # the first precision, the largest dimension, causal
+        if _varies(rows, name):
+            rows = rows[rows[name] == (rows[name].iloc[0] if name == "dtype" else rows[name].max())]
+    at = f"d {rows['head_dim'].iloc[0]}" if len(rows) else "no records"
+    return Picture(f"{caption(rows)}, {at}", partial(_draw, rows))
+
+
+def _draw(rows: pd.DataFrame) -> Figure:
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(rows["implementation"]))
+    with figure_style():
+        drawing = Figure(figsize=(7.4, 3.4))
+        panels = drawing.subplots(1, 3)
+        series: dict[str, Any] = {}
+        for place, name in enumerate(names):
+            timed = rows[(rows["implementation"] == name) & (rows["status"] == "ok")].sort_values("seq_len")
+            style = {
+                "color": COLOURS[place % len(COLOURS)],
+                "marker": MARKERS[place % len(MARKERS)],
+                "linestyle": "-" if place < len(COLOURS) else "--",
+                "markersize": 3.5,
+                "linewidth": 1.1,
+            }
+            for panel, column in zip(panels, ("forward_ms", "backward_ms", "peak_bytes"), strict=True):
+                scale = 2**20 if column == "peak_bytes" else 1
+                (series[name],) = panel.plot(timed["seq_len"], timed[column] / scale, **style)
+        shapes = rows.drop_duplicates("seq_len").sort_values("seq_len")
+        for panel, part in zip(panels, ("forward", "backward"), strict=False):
+            _draw_beside(panel, shapes, part, series)
+            panel.set(title=part, ylabel="time per pass (ms)")
+        panels[2].set(title="peak of both", ylabel="memory beyond the inputs (MiB)")
+        for panel in panels:
+            panel.set_xlabel("length (tokens)")
+            logarithmic(panel.yaxis)
+            lengths(panel.xaxis, shapes["seq_len"])
+        drawing.legend(series.values(), series.keys(), loc="outside lower center", ncols=4)
+    return drawing
+
+
+def _draw_beside(panel: Any, shapes: pd.DataFrame, part: str, series: dict[str, Any]) -> None:
+    """The floor, and what others published for the same shapes."""
+    floor = shapes.dropna(subset=[f"{part}_bound_ms"])
+    if len(floor):
+        line = {"color": BOUND, "linestyle": ":", "marker": "", "linewidth": 1.4}
+        (series["floor"],) = panel.plot(floor["seq_len"], floor[f"{part}_bound_ms"], **line)
+    others = shapes.dropna(subset=[f"h100_{part}_triton_ms"])
+    if len(others):
+        style = {"color": PUBLISHED, "marker": "D", "markerfacecolor": "none", "linestyle": "none", "markersize": 5}
+        (series[f"published Triton, {H100}"],) = panel.plot(
+            others["seq_len"], others[f"h100_{part}_triton_ms"], **style
+        )
+
+
+# Findings ------------------------------------------------------------------------------------------------------
+
+
+def findings(summary: pd.DataFrame) -> Findings:
+    """What tiling changes in memory and time, against whom it wins, how near the floor, and at what error."""
+    if not len(summary):
+        return Findings([Finding("No case was measured: run `python scripts/measure.py flash_benchmarking`.")])
+    return Findings(
+        [
+            *Finding.from_all(summary, "What tiling does to memory", memory),
+            *Finding.from_all(summary, "Which implementation is the fastest", fastest),
+            *Finding.from_all(summary, "How ours compares with PyTorch's FlashAttention", against_flash),
+            *Finding.from_all(summary, "Whether ours is ever slower than eager attention", against_eager),
+            *Finding.from_all(summary, "How large the errors are", errors),
+            *Finding.from_all(summary, "How near their floors the times come", nearness),
+            *staleness(summary),
+        ]
+    )
+
+
+def _ours(summary: pd.DataFrame) -> pd.DataFrame:
+    """The rows of our best implementation that has a time."""
+    for name in OURS:
+        rows = summary[(summary["implementation"] == name) & (summary["status"] == "ok")]
+        if len(rows):
+            return rows
+    return summary.iloc[:0]
+
+
+def _beside(summary: pd.DataFrame, other: str) -> pd.DataFrame:
+    """Ours and another's on the same shapes, both measured; the columns of the other end in `_other`."""
+    same = ["seq_len", "head_dim", "dtype", "is_causal", "batch_size", "heads"]
+    rows = summary[(summary["implementation"] == other) & (summary["status"] == "ok")]
+    return _ours(summary).merge(rows, on=same, suffixes=("", "_other"))
+
+
+def memory(rows: pd.DataFrame) -> Finding | None:
+    pairs = _beside(rows, REFERENCE)
+    pairs = pairs[(pairs["head_dim"] == pairs["head_dim"].min())].sort_values("seq_len") if len(pairs) else pairs
+    if len(pairs) < 2:
+        return None
+    short, long = pairs.iloc[0], pairs.iloc[-1]
+    longer = long["seq_len"] / short["seq_len"]
+    grew, eager_grew = (long[name] / short[name] for name in ("peak_bytes", "peak_bytes_other"))
+    return Finding.checked(
+        f"From length {short['seq_len']:,} to {long['seq_len']:,}, {number(longer)} times as long, the peak of "
+        f"{long['implementation']} grows {number(grew, 2)} times and eager's {number(eager_grew, 2)} times, to "
+        f"{bytes_in_words(long['peak_bytes'])} and {bytes_in_words(long['peak_bytes_other'])}",
+        bool(grew < 1.5 * longer < eager_grew),
+        so=": linear in length, where stored scores are quadratic.",
+        but=", not the linear growth that tiling is for.",
+    )
+
+
+def fastest(rows: pd.DataFrame) -> Finding | None:
+    """Who wins forward with backward on the longest shape."""
+    measured = rows[(rows["status"] == "ok") & rows["both_ms"].notna()]
+    if not len(measured):
+        return None
+    long = measured[measured["seq_len"] == measured["seq_len"].max()]
+    best = long.loc[long["both_ms"].idxmin()]
+    return Finding(
+        f"At length {best['seq_len']:,} (d {best['head_dim']}, {best['dtype']}) the fastest forward with backward is "
+        f"{best['implementation']} with {number(best['both_ms'])} ms, {number(best['both_speedup'], 2)} times as fast "
+        f"as eager, at {number(best['both_flops_per_s'] / TERA)} TFLOP/s or {percent(best['both_share'])} of the peak."
+    )
+
+
+def against_flash(rows: pd.DataFrame) -> Finding | None:
+    """Forward and backward of ours over PyTorch's flash backend: at least 1.15 and 0.9 times as fast are aimed at."""
+    pairs = _beside(rows, "sdpa-flash")
+    if not len(pairs):
+        return None
+    forward, backward = (pairs[f"{part}_ms_other"] / pairs[f"{part}_ms"] for part in ("forward", "backward"))
+    name = pairs["implementation"].iloc[0]
+    return Finding.checked(
+        f"{name} is {number(forward.median(), 2)} times as fast as PyTorch's flash backend forward ({_span(forward)}) "
+        f"and {number(backward.median(), 2)} times backward ({_span(backward)}), over {plural(len(pairs), 'shape')}",
+        bool(forward.median() >= 1.15 and backward.median() >= 0.9),
+        so=".",
+        but=_why_not(name),
+    )
+
+
+def _why_not(name: str) -> str:
+    if name == "flash":
+        return ": a loop over tiles in Python is for reading, and a CPU's cache holds what a GPU must tile for."
+    return ": the backend's kernels are not beaten."
+
+
+def against_eager(rows: pd.DataFrame) -> Finding | None:
+    pairs = _beside(rows, REFERENCE)
+    if not len(pairs):
+        return None
+    ratio = pairs["both_ms_other"] / pairs["both_ms"]
+    slower = pairs[ratio < 1]
+    worst = pairs.loc[ratio.idxmin()]
+    return Finding.checked(
+        f"Over {plural(len(pairs), 'shape')} {worst['implementation']} is {_span(ratio)} times as fast as eager "
+        "attention, forward with backward",
+        not len(slower),
+        so=": it is never the slower one.",
+        but=f": it is the slower one at {plural(len(slower), 'shape')}, most of all at length {worst['seq_len']:,}.",
+    )
+
+
+def errors(rows: pd.DataFrame) -> Finding | None:
+    """Ours over the materialised form's own error in the same precision."""
+    pairs = _beside(rows, REFERENCE).dropna(subset=["output_error", "output_error_other"])
+    if not len(pairs):
+        return None
+    output, gradients = (pairs[f"{what}_error"] / pairs[f"{what}_error_other"] for what in ("output", "gradient"))
+    return Finding.checked(
+        f"Against float64, {pairs['implementation'].iloc[0]} errs {_span(output)} times as much as the materialised "
+        f"form in its output and {_span(gradients)} times in its gradients, over {plural(len(pairs), 'shape')}",
+        bool(max(output.max(), gradients.max()) <= 2),
+        so=": tiling costs no accuracy.",
+        but=": more than twice the error of the materialised form is too much.",
+    )
+
+
+def nearness(rows: pd.DataFrame) -> Finding | None:
+    measured = rows[(rows["status"] == "ok")].dropna(subset=["both_bound_ms", "both_ms"])
+    if not len(measured):
+        return None
+    times = measured["both_ms"] / measured["both_bound_ms"]
+    best = measured.loc[times.idxmin()]
+    parts = [measured[f"{part}_ms"] >= measured[f"{part}_bound_ms"] for part, _ in _PARTS]
+    return Finding.checked(
+        f"Nearest its floor is {_name(best)}, {number(times.min(), 2)} times the least time of forward with backward",
+        bool(all(part.all() for part in parts)),
+        so="; no time lies below its floor, as it must be.",
+        but="; a time lies below its floor: a ceiling is too low, or the work was not done as it is counted.",
+    )
+
+
+def _span(values: pd.Series) -> str:
+    return f"{number(values.min(), 2)} to {number(values.max(), 2)}"
+
+
+def roofline_findings(summary: pd.DataFrame) -> Findings:
+    """What tiling changes, in FLOPs per byte, beside what the machine can do, and beside GPUs by their datasheets."""
+    here = Finding.from_all(summary, "What tiling does to the traffic here", intensity) if len(summary) else []
+    return Findings([*here, on_gpus()])
+
+
+def intensity(rows: pd.DataFrame) -> Finding | None:
+    pairs = _beside(rows, REFERENCE).dropna(subset=["ridge"])
+    if not len(pairs):
+        return None
+    row = pairs.sort_values(["seq_len", "head_dim"]).iloc[-1]
+    shape = f"length {row['seq_len']:,}, d {row['head_dim']}, {row['dtype']}"
+    return _sides(shape, row["intensity_other"], row["intensity"], {row["machine"]: row["ridge"]})
+
+
+def on_gpus(names: Sequence[str] = ("a100-40gb", "h100-sxm", "h200"), seq_len: int = 16_384) -> Finding:
+    """The same of GPUs that need not be there, by their datasheets, at d 64 in bfloat16."""
+    shape = AttentionShape(1, 1, seq_len, 64, is_causal=False, itemsize=2)
+    stored, tiled = (flops_per_byte(shape, "forward", materialised=stored) for stored in (True, False))
+    peaks = {name: gpu_peaks(name) for name in names}
+    ridges = {name: each.rate("bfloat16") / each.bandwidth_bytes_per_s for name, each in peaks.items()}
+    return _sides(f"length {seq_len:,}, d 64, bfloat16", stored, tiled, ridges)
+
+
+def _sides(shape: str, stored: float, tiled: float, ridges: Mapping[str, float]) -> Finding:
+    """On which side of the ridge of every machine the two forms lie."""
+    known = ", ".join(f"{number(ridge)} on {name}" for name, ridge in ridges.items())
+    return Finding.checked(
+        f"At {shape} the materialised form does {number(stored)} FLOPs for each byte that its operators move; a tiled "
+        f"one, which reads Q, K and V and writes O, {number(tiled)}. Products and memory are equally busy at {known}",
+        all(stored < ridge < tiled for ridge in ridges.values()),
+        so=": tiling takes attention from the side of bandwidth to that of arithmetic.",
+        but=": there both lie on one side, so that tiling changes memory more than time.",
+    )
