@@ -69,7 +69,10 @@ def run_command(main: Callable[[list[str] | None], int]) -> None:
     the reader of our output went away (`… | head`).
     """
     warnings.showwarning = _show_warning  # type: ignore[assignment]
+    from cs336_systems.repository import keep_compiled_code_here  # which knows this module's errors
+
     try:
+        keep_compiled_code_here()
         status = main(None)
         sys.stdout.flush()
     except UserError as error:

@@ -44,6 +44,12 @@ def cache_folder() -> Path:
     return repository_root() / ".cache"
 
 
+def keep_compiled_code_here() -> None:
+    """Tell the compilers of PyTorch and Triton to keep what they make in `cache_folder`, unless told otherwise."""
+    for variable, name in (("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")):
+        os.environ.setdefault(variable, str(cache_folder() / name))
+
+
 def shown_path(path: Path) -> str:
     """A path as it is told: from the root of the checkout if it lies within, else whole."""
     return str(path.relative_to(repository_root()) if path.is_relative_to(repository_root()) else path)

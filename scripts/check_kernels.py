@@ -7,7 +7,8 @@
 
 Registers, spilled bytes (stack) and shared memory come from the compiler's own report; a spill beyond what
 `flash_tiles.STACK_CEILING` records, or shared memory beyond what the GPU has, is an error. Takes about half a second
-each, and less when Triton has compiled it before; nothing is run. The kernel that sums dO · O is left out: it streams.
+each, a quarter of an hour in all, and seconds when Triton has compiled them before; nothing is run. The kernel that
+sums dO · O is left out: it streams.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class Variant:
 
     @property
     def may_spill(self) -> int:
-        """Bytes of stack that are known of and borne; 0 in 16-bit precisions up to head dimension 128."""
+        """Bytes of stack that are known of and borne; 0 with 16-bit inputs."""
         row = next(row for row in ROWS if row >= self.head_dim)
         return STACK_CEILING.get((self.kernel, row, self.precision), 0)
 

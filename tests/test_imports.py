@@ -44,7 +44,7 @@ OPTIONAL = (
 )
 
 # What is nothing without Triton, and imported by name when it is chosen.
-OF_TRITON = ("cs336_systems.attention.flash_kernels", "cs336_systems.attention.flash_triton")
+OF_TRITON = tuple(f"cs336_systems.attention.flash_{name}" for name in ("kernels", "launch", "triton", "tuning"))
 
 # The rooms that the rooms of the first column may not know of.
 MEASURING = ("bench", "experiments", "workbook", "presentation", "analysis")

@@ -101,12 +101,23 @@ BY_REFERENCE = MappingProxyType(
 NAMES = (*IMPLEMENTATIONS, *BY_REFERENCE)
 
 
+def check_name(choice: str) -> None:
+    """Raise a UserError that lists the known, unless `choice` names one of ours or is spelt as a reference.
+
+    Nothing is imported for it: a machine without Triton can tell of the records of one that has it.
+    """
+    plain = choice.removesuffix(COMPILED)
+    if plain not in NAMES and not is_object_reference(plain):
+        raise unknown_name("attention", plain, [*NAMES, "module:attribute", f"any of these with {COMPILED}"])
+
+
 def resolve_attention(choice: str) -> AttentionFunction:
     """The implementation called `choice`.
 
     Raises:
         UserError: `choice` is neither a name of ours nor an importable `module:attribute`.
     """
+    check_name(choice)
     if choice.endswith(COMPILED):
         # For exactly the shapes it meets, and without a silent retreat to eager code.
         plain: Any = resolve_attention(choice.removesuffix(COMPILED))
@@ -114,10 +125,7 @@ def resolve_attention(choice: str) -> AttentionFunction:
         return compiled
     if choice in IMPLEMENTATIONS:
         return IMPLEMENTATIONS[choice]
-    at = attention_source(choice)
-    if at is None:
-        raise unknown_name("attention", choice, [*NAMES, "module:attribute", f"any of these with {COMPILED}"])
-    found = load_object(at)
+    found = load_object(BY_REFERENCE.get(choice, choice))
     if isinstance(found, type) and issubclass(found, torch.autograd.Function):
         return AppliedFunction(found)
     if isinstance(found, type) or not callable(found):
@@ -132,7 +140,7 @@ def resolve_attention(choice: str) -> AttentionFunction:
 def attention_source(choice: str) -> str | None:
     """The `module:attribute` that `choice` stands for, on whose source its measurements depend; None for a plain one.
 
-    A name that is none is no reference either: `resolve_attention` tells of it.
+    A name that is none is no reference either: `check_name` tells of it.
     """
     choice = choice.removesuffix(COMPILED)
     return choice if is_object_reference(choice) else BY_REFERENCE.get(choice)

@@ -7,12 +7,13 @@ matrix units differ: registers in and out before Hopper, operands from shared me
 their own on Blackwell; so each has its column. A consumer Blackwell (12.x) has the units and the shared memory of those
 before Hopper, and their tiles. Before Hopper what 8.6 and 8.9 have must do.
 
-Each column names a few candidates. The first is taken untimed: with a few exceptions the largest tile (queries × keys)
-that Triton 3.7.1 compiles for 8.0, 8.6, 8.9, 9.0 and 10.0 without a spill, then the one with the most stages. The
-others are smaller, so that a short sequence has programs for the whole GPU, or have fewer warps or stages, so that more
-programs share a processor. Which is the fastest only a GPU can tell: `flash_tuning.py` times them.
+Each column names a few candidates, found by compiling with Triton 3.7.1 for 8.0, 8.6, 8.9, 9.0 and 10.0. The first is
+taken untimed: the largest tile (queries × keys) of those tried that does not spill, or hardly, then the one with the
+most stages. The others are mostly smaller, so that a short sequence has programs for the whole GPU, or have fewer warps
+or stages, so that more programs share a processor. Which is the fastest only a GPU can tell: `flash_tuning.py` times
+them.
 
-In 16-bit precisions up to head dimension 128 no candidate spills; what spills beyond is listed in STACK_CEILING.
+With 16-bit inputs no candidate spills; what one does in float32 is listed in STACK_CEILING.
 """
 
 from __future__ import annotations
@@ -301,7 +302,21 @@ _TF32: Mapping[Kernel, tuple[_Row, ...]] = MappingProxyType(
 _TABLES: Mapping[Precision, Mapping[Kernel, tuple[_Row, ...]]] = MappingProxyType(
     {"half": _HALF, "ieee": _IEEE, "tf32": _TF32}
 )
-STACK_CEILING: Mapping[tuple[Kernel, int, Precision], int] = MappingProxyType({})
+STACK_CEILING: Mapping[tuple[Kernel, int, Precision], int] = MappingProxyType(
+    {
+        ("forward", 32, "ieee"): 24,
+        ("forward", 64, "tf32"): 24,
+        ("forward", 128, "tf32"): 32,
+        ("grad_key_value", 32, "ieee"): 8,
+        ("grad_key_value", 32, "tf32"): 8,
+        ("grad_key_value", 128, "ieee"): 32,
+        ("grad_key_value", 128, "tf32"): 8,
+        ("grad_key_value", 256, "ieee"): 64,
+        ("grad_query", 32, "ieee"): 8,
+        ("grad_query", 128, "ieee"): 32,
+        ("grad_query", 128, "tf32"): 24,
+    }
+)
 """Bytes of stack a thread of any candidate spills to at most, by kernel, head dimension of the row and precision; 0
 where not named.
 

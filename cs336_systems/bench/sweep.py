@@ -27,7 +27,7 @@ from cs336_systems.bench.noise import NoiseMonitor
 from cs336_systems.bench.progress import Progress, announce
 from cs336_systems.bench.records import Measurement, Record, RunWriter, Status, Store, case_key
 from cs336_systems.errors import UserError, first_line
-from cs336_systems.repository import repository_root
+from cs336_systems.repository import keep_compiled_code_here, repository_root
 
 OnPart = Callable[[float], object]
 """Called by `measure` with the share of the case that is done, 0 to 1."""
@@ -80,6 +80,7 @@ def run(
     cells = list(cells)
     if not cells:
         return Outcome([], Counter())
+    keep_compiled_code_here()
     if remeasure is None:
         remeasure = os.environ.get("CS336_REMEASURE") == "1"
     store = store or Store.default()

@@ -22,6 +22,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import pandas as pd
 import torch
+import torch._functorch.config as functorch_config
 from torch import Tensor
 
 from cs336_systems.analysis.attention import PHASES, counted_flops, least_work
@@ -156,7 +157,9 @@ def measure(case: Case, on_part: OnPart) -> Measurement:
         done += 1
         on_part(done / (case.rounds + len(case.implementations)))
 
-    with float32_matmul_precision(case.float32_matmul):
+    # A backward that is timed again and again on one graph may not write over what forward kept for it.
+    keep_buffers = functorch_config.patch(donated_buffer=False)
+    with float32_matmul_precision(case.float32_matmul), keep_buffers:
         contenders = contenders_of(case)
         exact = exact_attention(contenders[0].inputs, case.is_causal)
         for contender in contenders:

@@ -34,7 +34,7 @@ from cs336_systems.analysis.attention import (
 from cs336_systems.analysis.hardware import GPUS, Peaks, product_precision
 from cs336_systems.analysis.published import PublishedAttention
 from cs336_systems.analysis.roofline import bound
-from cs336_systems.attention.backends import COMPILED, attention_source, resolve_attention
+from cs336_systems.attention.backends import COMPILED, attention_source, check_name, resolve_attention
 from cs336_systems.bench import grid as grids
 from cs336_systems.bench.allocator import allocated_bytes, available_bytes
 from cs336_systems.bench.contest import Contender, measurement_of
@@ -161,8 +161,9 @@ def checked_implementations(implementations: Sequence[str], impl: str | None) ->
     """These and `impl`, each once; a name that none has is an error before anything runs."""
     names = tuple(dict.fromkeys([*implementations, *([impl] if impl is not None else [])]))
     for name in names:
-        if attention_source(name) is None or name == impl:
-            resolve_attention(name)
+        check_name(name)
+    if impl is not None:
+        resolve_attention(impl.removesuffix(COMPILED))
     return names
 
 

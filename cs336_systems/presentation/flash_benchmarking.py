@@ -413,8 +413,14 @@ def _span(values: pd.Series) -> str:
 
 def roofline_findings(summary: pd.DataFrame) -> Findings:
     """What tiling changes, in FLOPs per byte, beside what the machine can do, and beside GPUs by their datasheets."""
-    here = Finding.from_all(summary, "What tiling does to the traffic here", intensity) if len(summary) else []
-    return Findings([*here, on_gpus()])
+    return Findings([*roofline(summary), on_gpus()])
+
+
+def roofline(summary: pd.DataFrame) -> Findings:
+    """The same for the machine alone."""
+    return Findings(
+        Finding.from_all(summary, "What tiling does to the traffic here", intensity) if len(summary) else ()
+    )
 
 
 def intensity(rows: pd.DataFrame) -> Finding | None:

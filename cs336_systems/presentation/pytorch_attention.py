@@ -268,16 +268,27 @@ def findings(summary: pd.DataFrame) -> Findings:
     """How what is kept grows, whether it is as accounted, why eager is slow, and what compiling changes."""
     if not len(summary):
         return Findings([Finding("No case was measured: run `python scripts/measure.py pytorch_attention`.")])
-    eager = summary[(summary["implementation"] == REFERENCE) & (summary["float32_matmul"] == "highest")]
+    return Findings(dict.fromkeys([*eager_findings(summary), *compile_findings(summary)]))
+
+
+def eager_findings(summary: pd.DataFrame) -> Findings:
+    """Of the materialised form alone: problem `pytorch_attention`."""
+    eager = summary[summary["implementation"] == REFERENCE]
+    plain = eager[eager["float32_matmul"] == "highest"]
     return Findings(
         [
-            *Finding.from_all(eager, "How what is kept for backward grows", growth),
-            *Finding.from_all(summary, "Whether what is kept is as accounted", agreement),
-            *Finding.from_all(eager, "What sets eager attention's time", roofline),
-            *Finding.from_all(summary, "What compiling changes", compiled),
-            *staleness(summary),
+            *Finding.from_all(plain, "How what is kept for backward grows", growth),
+            *Finding.from_all(eager, "Whether what is kept is as accounted", agreement),
+            *Finding.from_all(plain, "What sets eager attention's time", roofline),
+            *staleness(eager),
         ]
     )
+
+
+def compile_findings(summary: pd.DataFrame) -> Findings:
+    """Of eager beside compiled: problem `torch_compile` (a)."""
+    pair = summary[summary["implementation"].isin([REFERENCE, REFERENCE + COMPILED])]
+    return Findings([*Finding.from_all(pair, "What compiling changes", compiled), *staleness(pair)])
 
 
 def growth(rows: pd.DataFrame) -> Finding | None:
