@@ -316,7 +316,7 @@ def memory(rows: pd.DataFrame) -> Finding | None:
     longer = long["seq_len"] / short["seq_len"]
     grew, eager_grew = (long[name] / short[name] for name in ("peak_bytes", "peak_bytes_other"))
     return Finding.checked(
-        f"From length {short['seq_len']:,} to {long['seq_len']:,}, {number(longer)} times as long, the peak of "
+        f"From length {short['seq_len']:,} to {long['seq_len']:,}, {longer:g} times as long, the peak of "
         f"{long['implementation']} grows {number(grew, 2)} times and eager's {number(eager_grew, 2)} times, to "
         f"{bytes_in_words(long['peak_bytes'])} and {bytes_in_words(long['peak_bytes_other'])}",
         bool(grew < 1.5 * longer < eager_grew),
@@ -408,7 +408,8 @@ def nearness(rows: pd.DataFrame) -> Finding | None:
 
 
 def _span(values: pd.Series) -> str:
-    return f"{number(values.min(), 2)} to {number(values.max(), 2)}"
+    least, most = number(values.min(), 2), number(values.max(), 2)
+    return least if least == most else f"{least} to {most}"
 
 
 def roofline_findings(summary: pd.DataFrame) -> Findings:

@@ -105,13 +105,16 @@ def mebibytes(count: float) -> str:
 
 
 def identity(summary: pd.DataFrame) -> list[Column]:
-    """The columns that tell rows apart: d, length, implementation, and how float32 is multiplied where that varies."""
-    varies = len(summary) and summary["float32_matmul"].nunique() > 1
+    """The columns that tell rows apart: d, length, and where they vary implementation and float32 products."""
+    varying = [name for name in ("implementation", "float32_matmul") if len(summary) and summary[name].nunique() > 1]
+    columns = {
+        "implementation": Column("implementation", lambda row: row.implementation, "left"),
+        "float32_matmul": Column("float32 products", lambda row: _FLOAT32[row.float32_matmul], "left"),
+    }
     return [
         Column("d", lambda row: str(row.head_dim)),
         Column("length", lambda row: f"{row.seq_len:,}"),
-        Column("implementation", lambda row: row.implementation, "left"),
-        *([Column("float32 products", lambda row: _FLOAT32[row.float32_matmul], "left")] if varies else []),
+        *(columns[name] for name in varying),
     ]
 
 
@@ -123,10 +126,10 @@ def caption(summary: pd.DataFrame) -> str:
         return "No records"
     first = summary.iloc[0]
     mask = "causal" if first["is_causal"] else "no mask"
-    return (
-        f"One-head attention: {circumstances(summary)}, batch {first['batch_size']}, {first['dtype']}, {mask}; mean "
-        f"and deviation of {first['passes']} {'pass' if first['passes'] == 1 else 'passes'}"
-    )
+    only = f"{first['implementation']}, " if summary["implementation"].nunique() == 1 else ""
+    shape = f"batch {first['batch_size']}, {first['dtype']}, {mask}"
+    passes = f"{first['passes']} {'pass' if first['passes'] == 1 else 'passes'}"
+    return f"One-head attention: {only}{circumstances(summary)}, {shape}; mean and deviation of {passes}"
 
 
 def notes_below(summary: pd.DataFrame) -> list[str]:
@@ -300,7 +303,7 @@ def growth(rows: pd.DataFrame) -> Finding | None:
     longer, more = long["seq_len"] / short["seq_len"], long["kept_bytes"] / short["kept_bytes"]
     exponent = math.log(more) / math.log(longer)
     return Finding.checked(
-        f"{number(longer)} times the length keeps {number(more)} times the memory for backward (d {long['head_dim']}, "
+        f"{longer:g} times the length keeps {number(more)} times the memory for backward (d {long['head_dim']}, "
         f"from length {short['seq_len']:,} to {long['seq_len']:,}), a growth with the power {number(exponent, 2)}",
         bool(1.8 <= exponent <= 2.05),
         so=(
@@ -344,16 +347,14 @@ def roofline(rows: pd.DataFrame) -> Finding | None:
         f"them takes {number(traffic)} ms at the bandwidth of memory, {number(traffic / floor, 2)} times what the "
         f"products need; forward was measured at {number(row['forward_ms'])} ms"
     )
+    nearest = max(traffic, floor)
     return Finding.checked(
         fact,
-        bool(row["intensity"] < row["ridge"]),
-        so=(
-            f", {number(row['forward_ms'] / traffic, 2)} times the traffic's: bandwidth sets its time, not arithmetic. "
-            "A tile of scores that never leaves the chip has no such traffic."
-        ),
+        bool(row["intensity"] < row["ridge"] and row["forward_ms"] <= 2.5 * traffic),
+        so=": bandwidth sets its time, not arithmetic. A tile of scores that stays on the chip has no such traffic.",
         but=(
-            ": here the two are alike, and the operators between the products set its time, "
-            f"{number(row['forward_ms'] / max(traffic, floor), 2)} times as long as either."
+            f", {number(row['forward_ms'] / nearest, 2)} times the longer of the two: here neither ceiling explains "
+            "it, but what the operators between the products cost beside their traffic."
         ),
     )
 
@@ -378,7 +379,8 @@ def published_findings(others: pd.DataFrame) -> Findings:
 
 
 def _span(values: pd.Series) -> str:
-    return f"{number(values.min(), 2)} to {number(values.max(), 2)}"
+    least, most = number(values.min(), 2), number(values.max(), 2)
+    return least if least == most else f"{least} to {most}"
 
 
 def compiled(rows: pd.DataFrame) -> Finding | None:

@@ -1,7 +1,7 @@
 """The writeup as a text: Jinja2 templates whose tables, figures and numbers come from the records.
 
     writeup/templates/writeup.md            the whole; one section per problem, in the handouts' order
-    writeup/templates/problems/<id>.md      the section of a problem that is built
+    writeup/templates/problems/<id>.md      the section of a problem that is built, or of the part that is
     writeup/templates/headline.md           the head of the README
 
 A template asks for evidence, `<% for here in machines("warmup") %>`, and shows it: `<< here.table() >>`,
@@ -194,6 +194,7 @@ def draft(
     environment.globals |= {
         **{name: getattr(report, name) for name in ("number", "percent", "plural", "with_deviation", "within")},
         "experiment": load_experiment,
+        "has_section": lambda problem: (templates / "problems" / f"{problem.id}.md").is_file(),
         "handout": handout,
         "handouts": index.handouts,
         "index": index,
