@@ -34,16 +34,16 @@ class Contender:
             return
         try:
             action()
+            return
         except UserError as error:
-            self._fall_out("skipped", str(error))
+            self.status, reason = "skipped", str(error)
         except Exception as error:
             if isinstance(error, OutOfMemory) or is_out_of_memory(error):
-                self._fall_out("oom", str(error).strip().partition("\n")[0])
+                self.status, reason = "oom", str(error).strip().partition("\n")[0]
             else:
-                self._fall_out("failed", first_line(error))
-
-    def _fall_out(self, status: Status, reason: str) -> None:
-        self.status, self.reason = status, impersonal(reason)
+                self.status, reason = "failed", first_line(error)
+        # Only now that the exception is gone is what its frames held free.
+        self.reason = impersonal(reason)
         self.let_go()
         release_free_memory(self.device)
 
@@ -62,6 +62,7 @@ def measurement_of(contenders: Sequence[Contender], samples: Mapping[str, Sequen
     """
     values: dict[str, Any] = {contender.name: contender.report() for contender in contenders}
     if any(contender.status == "oom" for contender in contenders):
+        release_free_memory(contenders[0].device)  # as the next run will, before it compares
         values[AVAILABLE] = available_bytes(contenders[0].device)
     out = tuple(f"{contender.name} " for contender in contenders if contender.status != "ok")
     kept = {name: list(times) for name, times in samples.items() if not name.startswith(out)}

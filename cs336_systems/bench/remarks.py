@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from cs336_systems.bench.report import Finding, Table, plural, verbatim
+from cs336_systems.bench.report import Finding, Table, number_of_cases, plural, verbatim
 
 
 def circumstances(summary: pd.DataFrame) -> str:
@@ -43,10 +43,9 @@ def notes_below(
     notes = []
     noisy, stale = summary[summary["noise"] != ""], summary[summary["stale"] != ""]
     if len(noisy):
-        of = case_name or name
-        cases = dict.fromkeys(of(row) for _, row in summary.iterrows())
+        of, count = (case_name, number_of_cases) if case_name else (name, len)
         texts = list(dict.fromkeys(f"{of(row)} ({row['noise']})" for _, row in noisy.iterrows()))
-        notes.append(f"~ noisy, {len(texts)} of {len(cases)} cases: {enumerated(texts)}")
+        notes.append(f"~ noisy, {count(noisy)} of {count(summary)} cases: {enumerated(texts)}")
     if len(stale):
         notes.append("† stale: " + "; ".join(sorted(set(stale["stale"]))))
     untimed = summary[summary["status"] != "ok"]
@@ -60,8 +59,8 @@ def notes_below(
 
 def staleness(rows: pd.DataFrame) -> list[Finding]:
     """That the sentences above speak of an earlier source, if they do."""
-    stale = int((rows["stale"] != "").sum())
-    cases = plural(len(rows), "case")
+    stale = number_of_cases(rows[rows["stale"] != ""])
+    cases = plural(number_of_cases(rows), "case")
     return [Finding(f"Stale (†) are {stale} of {cases}: they say nothing of today's source.")] if stale else []
 
 

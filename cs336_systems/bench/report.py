@@ -245,7 +245,7 @@ class Finding:
         missing = rows[rows["status"] == "missing"]
         if len(missing):
             to_do = "; ".join(dict.fromkeys(missing["reason"]))
-            cases = f"{len(missing)} of {plural(len(rows), 'case')}"
+            cases = f"{number_of_cases(missing)} of {plural(number_of_cases(rows), 'case')}"
             return [cls(f"{subject} cannot be told: no record of {cases}; {to_do}.")]
         said = say(rows)
         return [] if said is None else [said]
@@ -255,6 +255,11 @@ class Finding:
 
     def __str__(self) -> str:
         return self.text
+
+
+def number_of_cases(rows: pd.DataFrame) -> int:
+    """How many cases a summary is of, some of which may have several rows and then name theirs in a column."""
+    return int(rows["case"].nunique()) if "case" in rows else len(rows)
 
 
 class Findings(tuple[Finding, ...]):

@@ -18,6 +18,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
 import pandas as pd
@@ -58,6 +59,8 @@ TOKENS, HEADS = 16_384, 16
 _BLOCK_ELEMENTS = 2**26
 """Scores that the float64 oracle holds at a time."""
 
+_WARMUP_ROUNDS = MappingProxyType({"cpu": 1, "cuda": 0})  # do_bench warms up by itself
+
 ON_CPU = (REFERENCE, REFERENCE + COMPILED, "flash", "sdpa-math", "sdpa-flash")
 ON_CUDA = (
     *(REFERENCE, REFERENCE + COMPILED, "flash", "flash-triton", "flash-triton-graded"),
@@ -74,8 +77,7 @@ class Case(AttentionCase):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.rounds, int) or self.rounds < 1:
-            raise UserError(f"rounds must be a whole number of at least 1, found {self.rounds!r}")
+        self.require_whole("rounds", 1)
 
     def __str__(self) -> str:
         return f"{super().__str__()}, {'causal' if self.is_causal else 'no mask'}, {self.batch_size} × {self.heads}"
@@ -155,7 +157,7 @@ def measure(case: Case, on_part: OnPart) -> Measurement:
     def count() -> None:
         nonlocal done
         done += 1
-        on_part(done / (case.rounds + len(case.implementations)))
+        on_part(done / (case.rounds + _WARMUP_ROUNDS[case.device] + len(case.implementations)))
 
     # A backward that is timed again and again on one graph may not write over what forward kept for it.
     keep_buffers = functorch_config.patch(donated_buffer=False)
@@ -192,7 +194,7 @@ def time_on_cpu(
             ("forward-backward", contender.both),
         ):
             calls[f"{contender.name} {phase}_ms"] = partial(contender.attempt, call)
-    timings = time_rounds(calls, warmup=1, rounds=rounds, device="cpu", on_round=on_round)
+    timings = time_rounds(calls, warmup=_WARMUP_ROUNDS["cpu"], rounds=rounds, device="cpu", on_round=on_round)
     return {name: timing.samples_ms for name, timing in timings.items()}
 
 
@@ -255,8 +257,9 @@ def compare(contender: AttentionContender, exact: Sequence[Tensor]) -> None:
 
 
 def relative_error(found: Tensor, exact: Tensor) -> float:
-    """‖found − exact‖ / ‖exact‖."""
-    return float(torch.linalg.vector_norm(found.double() - exact) / torch.linalg.vector_norm(exact))
+    """‖found − exact‖ / ‖exact‖, or ‖found‖ where exact is 0, as the gradients of a sequence of one are."""
+    distance, size = torch.linalg.vector_norm(found.double() - exact), torch.linalg.vector_norm(exact)
+    return float(distance / size if size != 0 else distance)
 
 
 def exact_attention(inputs: Inputs, is_causal: bool) -> tuple[Tensor, ...]:
@@ -338,6 +341,8 @@ def _rates(case: Case, row: Mapping[str, Any], phase: str, peaks: Peaks) -> dict
 def predicted_seconds(case: Case, peaks: Peaks, slowdown: float) -> float:
     """About how long a case takes: do_bench's repetitions or single calls, and compilation."""
     compiled = sum(name.endswith((COMPILED, "graded")) for name in case.implementations)
+    if case.precision(REFERENCE) not in peaks.matmul_flops_per_s:
+        return math.nan
     floor = sum(bound(least_work(case.shape, phase), peaks, case.precision(REFERENCE)).seconds for phase in PHASES)
     per_round = max(0.03 * len(PHASES) if case.device == "cuda" else 0.0, floor * slowdown)
     return (case.rounds + 5) * len(case.implementations) * per_round + COMPILE_S * compiled

@@ -36,7 +36,7 @@ from cs336_systems.analysis.published import PublishedAttention
 from cs336_systems.analysis.roofline import bound
 from cs336_systems.attention.backends import COMPILED, attention_source, check_name, resolve_attention
 from cs336_systems.bench import grid as grids
-from cs336_systems.bench.allocator import allocated_bytes, available_bytes
+from cs336_systems.bench.allocator import allocated_bytes, available_bytes, release_free_memory
 from cs336_systems.bench.contest import Contender, measurement_of
 from cs336_systems.bench.machine import resolve_device
 from cs336_systems.bench.records import Measurement, Record, Store
@@ -44,6 +44,7 @@ from cs336_systems.bench.report import bytes_in_words
 from cs336_systems.bench.sweep import OnPart, OutOfMemory
 from cs336_systems.bench.timing import describe, float32_matmul_precision, time_rounds
 from cs336_systems.errors import UserError, unknown_name
+from cs336_systems.object_reference import is_object_reference
 
 DTYPES = ("float32", "bfloat16", "float16")
 FLOAT32_MATMUL = ("highest", "high")
@@ -77,12 +78,16 @@ class AttentionCase:
             if getattr(self, name) not in known:
                 raise unknown_name(name, getattr(self, name), known)
         for name in ("head_dim", "seq_len", "batch_size", "heads"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise UserError(f"{name} must be a whole number of at least 1, found {value!r}")
+            self.require_whole(name, 1)
         object.__setattr__(self, "implementations", tuple(self.implementations))  # a list, as records have it
         if not self.implementations or len(set(self.implementations)) < len(self.implementations):
             raise UserError(f"implementations must be one or more names, each once, found {self.implementations}")
+
+    def require_whole(self, name: str, least: int) -> None:
+        """Raise a UserError unless a field is a whole number of at least `least`."""
+        value = getattr(self, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise UserError(f"{name} must be a whole number of at least {least}, found {value!r}")
 
     @property
     def shape(self) -> AttentionShape:
@@ -114,9 +119,8 @@ class Case(AttentionCase):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in (("warmup", 0), ("passes", 1)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name} must be a whole number of at least {least}, found {getattr(self, name)!r}")
+        self.require_whole("warmup", 0)
+        self.require_whole("passes", 1)
 
 
 def grid(
@@ -162,8 +166,9 @@ def checked_implementations(implementations: Sequence[str], impl: str | None) ->
     names = tuple(dict.fromkeys([*implementations, *([impl] if impl is not None else [])]))
     for name in names:
         check_name(name)
-    if impl is not None:
-        resolve_attention(impl.removesuffix(COMPILED))
+        plain = name.removesuffix(COMPILED)
+        if is_object_reference(plain) or name == impl:
+            resolve_attention(plain)
     return names
 
 
@@ -215,6 +220,7 @@ class AttentionContender(Contender):
         """
         if self.name.removesuffix(COMPILED) != REFERENCE:
             return
+        release_free_memory(self.device)  # what the contender before left to the allocator is there to be had
         shape, compiled = self.case.shape, self.name.endswith(COMPILED)
         needed = materialised_peak(shape, "forward-backward", compiled=compiled)
         available = available_bytes(self.device)
@@ -323,8 +329,9 @@ def summarise(
         for row in rows_of(record, case, peaks, PASSES, fingerprint):
             name = row["implementation"]
             compiled, tf32 = name == REFERENCE + COMPILED, case.float32_matmul == "high"
-            is_published = compiled or name == REFERENCE
-            beside = published.beside(case.shape, compiled=compiled, tf32=tf32) if is_published else {}
+            beside = published.beside(case.shape, compiled=compiled, tf32=tf32)
+            if not compiled and name != REFERENCE:
+                beside = dict.fromkeys(beside, math.nan)
             rows.append(row | beside)
     return pd.DataFrame(rows)
 
@@ -343,6 +350,7 @@ def rows_of(
         accounted = accounted_bytes(case.shape, name)
         row = {
             **fields,
+            "case": record.key,
             "implementation": name,
             "machine": record.machine,
             **{version: record.fingerprint.get(version) for version in ("torch", "triton", "threads")},

@@ -121,10 +121,10 @@ def tiles(row: Any) -> str:
 
 def speedups(summary: pd.DataFrame) -> Table:
     """Ours in Triton over eager attention, shape by shape, beside what others published: times, ratios and tiles."""
-    ours = _ours(summary)
-    eager = summary[summary["implementation"] == REFERENCE]
-    same = ["seq_len", "head_dim", "dtype", "is_causal", "batch_size", "heads"]
-    rows = ours.merge(eager[[*same, *(f"{column}_ms" for column, _ in _PARTS)]], on=same, suffixes=("", "_eager"))
+    name = _our_name(summary)
+    ours, eager = (summary[summary["implementation"] == each] for each in (name, REFERENCE))
+    times = [f"{column}_ms" for column, _ in _PARTS]
+    rows = ours.merge(eager[[*_SHAPE, *times]], on=_SHAPE, suffixes=("", "_eager"), how="left")
     columns = [
         Column("length", lambda row: f"{row.seq_len:,}"),
         Column("d", lambda row: str(row.head_dim)),
@@ -133,7 +133,6 @@ def speedups(summary: pd.DataFrame) -> Table:
         Column("tiles", tiles, "left"),
         Column(f"{H100} tile", _published_tile, "left"),
     ]
-    name = ours["implementation"].iloc[0] if len(ours) else OURS[0]
     return Table.of(rows, columns, caption=f"{name} over eager: {_shared(summary)}", notes=notes_below(ours))
 
 
@@ -208,20 +207,28 @@ def _name(row: pd.Series) -> str:
 
 
 def _case_name(row: pd.Series) -> str:
-    return f"length {row['seq_len']:,}, d {row['head_dim']}, {row['dtype']}"
+    parts = [f"length {row['seq_len']:,}", f"d {row['head_dim']}", str(row["dtype"])]
+    parts += ["no mask"] * (not row["is_causal"])
+    if (row["batch_size"], row["heads"]) != (1, 1):
+        parts += [f"batch {row['batch_size']}", plural(int(row["heads"]), "head")]
+    return ", ".join(parts)
 
 
 # Figure --------------------------------------------------------------------------------------------------------
 
 
 def figure(summary: pd.DataFrame) -> Picture:
-    """Forward, backward and memory over the length for every implementation, at one head dimension and precision."""
-    rows = summary
-    for name in ("dtype", "head_dim", "is_causal"):  # the first precision, the largest dimension, causal
-        if _varies(rows, name):
-            rows = rows[rows[name] == (rows[name].iloc[0] if name == "dtype" else rows[name].max())]
+    """Forward, backward and memory over the length for every implementation, of shapes alike in all but that."""
+    rows = _alike(summary)
     at = f"d {rows['head_dim'].iloc[0]}" if len(rows) else "no records"
     return Picture(f"{caption(rows)}, {at}", partial(_draw, rows))
+
+
+def _alike(rows: pd.DataFrame) -> pd.DataFrame:
+    """The shapes of one precision, batch, number of heads and mask, as the first has them, at the largest dimension."""
+    for name in ("dtype", "batch_size", "heads", "is_causal"):
+        rows = rows[rows[name] == rows[name].iloc[0]] if len(rows) else rows
+    return rows[rows["head_dim"] == rows["head_dim"].max()] if len(rows) else rows
 
 
 def _draw(rows: pd.DataFrame) -> Figure:
@@ -291,25 +298,25 @@ def findings(summary: pd.DataFrame) -> Findings:
     )
 
 
-def _ours(summary: pd.DataFrame) -> pd.DataFrame:
-    """The rows of our best implementation that has a time."""
-    for name in OURS:
-        rows = summary[(summary["implementation"] == name) & (summary["status"] == "ok")]
-        if len(rows):
-            return rows
-    return summary.iloc[:0]
+def _our_name(summary: pd.DataFrame) -> str:
+    """Our best implementation that has a time, or else one that is asked for."""
+    of = {name: summary[summary["implementation"] == name] for name in OURS} if len(summary) else {}
+    timed = [name for name, rows in of.items() if rows["status"].eq("ok").any()]
+    return [*timed, *(name for name, rows in of.items() if len(rows)), OURS[0]][0]
 
 
 def _beside(summary: pd.DataFrame, other: str) -> pd.DataFrame:
     """Ours and another's on the same shapes, both measured; the columns of the other end in `_other`."""
-    same = ["seq_len", "head_dim", "dtype", "is_causal", "batch_size", "heads"]
-    rows = summary[(summary["implementation"] == other) & (summary["status"] == "ok")]
-    return _ours(summary).merge(rows, on=same, suffixes=("", "_other"))
+    measured = summary[summary["status"] == "ok"]
+    ours, others = (measured[measured["implementation"] == name] for name in (_our_name(summary), other))
+    return ours.merge(others, on=_SHAPE, suffixes=("", "_other"))
+
+
+_SHAPE = ["seq_len", "head_dim", "dtype", "is_causal", "batch_size", "heads"]
 
 
 def memory(rows: pd.DataFrame) -> Finding | None:
-    pairs = _beside(rows, REFERENCE)
-    pairs = pairs[(pairs["head_dim"] == pairs["head_dim"].min())].sort_values("seq_len") if len(pairs) else pairs
+    pairs = _alike(_beside(rows, REFERENCE)).sort_values("seq_len").drop_duplicates("seq_len")
     if len(pairs) < 2:
         return None
     short, long = pairs.iloc[0], pairs.iloc[-1]
@@ -332,10 +339,12 @@ def fastest(rows: pd.DataFrame) -> Finding | None:
         return None
     long = measured[measured["seq_len"] == measured["seq_len"].max()]
     best = long.loc[long["both_ms"].idxmin()]
+    speedup, share = best["both_speedup"], best["both_share"]
+    than_eager = "" if math.isnan(speedup) else f", {number(speedup, 2)} times as fast as eager"
+    of_peak = "" if math.isnan(share) else f" or {percent(share)} of the peak"
     return Finding(
-        f"At length {best['seq_len']:,} (d {best['head_dim']}, {best['dtype']}) the fastest forward with backward is "
-        f"{best['implementation']} with {number(best['both_ms'])} ms, {number(best['both_speedup'], 2)} times as fast "
-        f"as eager, at {number(best['both_flops_per_s'] / TERA)} TFLOP/s or {percent(best['both_share'])} of the peak."
+        f"At {_case_name(best)} the fastest forward with backward is {best['implementation']} with "
+        f"{number(best['both_ms'])} ms{than_eager}, at {number(best['both_flops_per_s'] / TERA)} TFLOP/s{of_peak}."
     )
 
 

@@ -141,7 +141,8 @@ def _name(row: pd.Series) -> str:
 
 
 def _case_name(row: pd.Series) -> str:
-    return f"d {row['head_dim']}, length {row['seq_len']:,}"
+    tf32 = ", TF32" if row["float32_matmul"] == "high" else ""
+    return f"d {row['head_dim']}, length {row['seq_len']:,}{tf32}"
 
 
 def compile_table(summary: pd.DataFrame) -> Table:
@@ -209,7 +210,8 @@ def _shape(row: pd.Series) -> AttentionShape:
 def figure(summary: pd.DataFrame) -> Picture:
     """Time of both passes, and memory kept between them, over the length, for the largest head dimension."""
     head_dim = summary["head_dim"].max() if len(summary) else 0
-    rows = summary[(summary["head_dim"] == head_dim) & (summary["float32_matmul"] == "highest")]
+    products = max(summary["float32_matmul"], default="highest", key="highest".__eq__)
+    rows = summary[(summary["head_dim"] == head_dim) & (summary["float32_matmul"] == products)]
     return Picture(f"{caption(summary)}; d {head_dim}", partial(_draw, rows))
 
 
@@ -271,32 +273,39 @@ def findings(summary: pd.DataFrame) -> Findings:
     """How what is kept grows, whether it is as accounted, why eager is slow, and what compiling changes."""
     if not len(summary):
         return Findings([Finding("No case was measured: run `python scripts/measure.py pytorch_attention`.")])
-    return Findings(dict.fromkeys([*eager_findings(summary), *compile_findings(summary)]))
+    return Findings([*_of_eager(summary), *_of_compiled(summary), *staleness(summary)])
 
 
 def eager_findings(summary: pd.DataFrame) -> Findings:
     """Of the materialised form alone: problem `pytorch_attention`."""
+    return Findings([*_of_eager(summary), *staleness(summary[summary["implementation"] == REFERENCE])])
+
+
+def _of_eager(summary: pd.DataFrame) -> list[Finding]:
     eager = summary[summary["implementation"] == REFERENCE]
     plain = eager[eager["float32_matmul"] == "highest"]
-    return Findings(
-        [
-            *Finding.from_all(plain, "How what is kept for backward grows", growth),
-            *Finding.from_all(eager, "Whether what is kept is as accounted", agreement),
-            *Finding.from_all(plain, "What sets eager attention's time", roofline),
-            *staleness(eager),
-        ]
-    )
+    return [
+        *Finding.from_all(plain, "How what is kept for backward grows", growth),
+        *Finding.from_all(eager, "Whether what is kept is as accounted", agreement),
+        *Finding.from_all(plain, "What sets eager attention's time", roofline),
+    ]
 
 
 def compile_findings(summary: pd.DataFrame) -> Findings:
     """Of eager beside compiled: problem `torch_compile` (a)."""
-    pair = summary[summary["implementation"].isin([REFERENCE, REFERENCE + COMPILED])]
-    return Findings([*Finding.from_all(pair, "What compiling changes", compiled), *staleness(pair)])
+    pair = summary["implementation"].isin([REFERENCE, REFERENCE + COMPILED])
+    return Findings([*_of_compiled(summary), *staleness(summary[pair])])
+
+
+def _of_compiled(summary: pd.DataFrame) -> list[Finding]:
+    pair = summary["implementation"].isin([REFERENCE, REFERENCE + COMPILED])
+    return Finding.from_all(summary[pair], "What compiling changes", compiled)
 
 
 def growth(rows: pd.DataFrame) -> Finding | None:
-    """From the shortest to the longest length with a measurement, and what removes the growth."""
-    measured = rows[(rows["status"] == "ok") & (rows["head_dim"] == rows["head_dim"].min())].sort_values("seq_len")
+    """Between the two longest lengths with a measurement, where the square tells, and what removes it."""
+    measured = rows[(rows["status"] == "ok") & (rows["head_dim"] == rows["head_dim"].min())]
+    measured = measured.sort_values("seq_len").drop_duplicates("seq_len")
     if len(measured) < 2:
         return None
     short, long = measured.iloc[-2], measured.iloc[-1]
@@ -409,7 +418,7 @@ def compiled(rows: pd.DataFrame) -> Finding | None:
 
 def _pairs(rows: pd.DataFrame) -> pd.DataFrame:
     """Eager and compiled of the same shape, both measured."""
-    same = ["head_dim", "seq_len", "float32_matmul"]
+    same = ["batch_size", "heads", "head_dim", "seq_len", "dtype", "is_causal", "float32_matmul"]
     sides = [
         rows[(rows["status"] == "ok") & (rows["implementation"] == name)] for name in (REFERENCE, REFERENCE + COMPILED)
     ]

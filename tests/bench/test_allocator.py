@@ -8,7 +8,13 @@ import pytest
 import torch
 
 from cs336_systems.bench import allocator
-from cs336_systems.bench.allocator import PeakMemory, describe_memory, is_out_of_memory, memory_cap
+from cs336_systems.bench.allocator import (
+    PeakMemory,
+    allocated_bytes,
+    describe_memory,
+    is_out_of_memory,
+    memory_cap,
+)
 
 MIB = 2**20
 
@@ -77,3 +83,64 @@ def test_the_peak_on_a_gpu_is_the_allocators_own() -> None:
         torch.ones(256 * MIB, dtype=torch.uint8, device="cuda")
     assert memory.values["peak_allocated_bytes"] >= 256 * MIB
     assert memory.values["peak_reserved_bytes"] >= memory.values["peak_allocated_bytes"]
+
+
+# What one call allocates ---------------------------------------------------------------------------------------
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def block(mebibytes: int, device: str) -> torch.Tensor:
+    return torch.ones(mebibytes * MIB, dtype=torch.uint8, device=device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_most_at_once_and_what_is_left_of_it_are_counted_to_the_byte(device: str) -> None:
+    kept: list[torch.Tensor] = []
+
+    def call() -> None:
+        kept.append(block(3, device))
+        block(4, device)  # freed at once
+        kept.append(block(2, device))
+
+    assert allocated_bytes(call, device) == (7 * MIB, 5 * MIB)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_was_there_before_does_not_count(device: str) -> None:
+    before = block(8, device)
+    kept: list[torch.Tensor] = []
+    assert allocated_bytes(lambda: kept.append(block(1, device)), device) == (MIB, MIB)
+    assert before.nbytes + kept[0].nbytes == 9 * MIB
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_call_that_allocates_nothing_counts_nothing_and_its_result_is_not_kept(device: str) -> None:
+    assert allocated_bytes(lambda: None, device) == (0, 0)
+    assert allocated_bytes(lambda: block(1, device), device) == (MIB, 0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_same_call_counts_the_same_again(device: str) -> None:
+    x = torch.randn(64, 64, device=device, requires_grad=True)
+    (x @ x).sum().backward()  # a library's workspace is the first call's
+    counts = {allocated_bytes(lambda: (x @ x).exp().sum().backward(), device) for _ in range(3)}
+    assert len(counts) == 1
+    ((peak, left),) = counts
+    assert peak >= 2 * x.nbytes
+    assert left == 0  # the gradient is added to the one that is there
+
+
+def test_an_error_of_the_call_comes_out_and_counting_goes_on_after_it() -> None:
+    def call() -> None:
+        block(1, "cpu")
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        allocated_bytes(call, "cpu")
+    assert allocated_bytes(lambda: block(2, "cpu"), "cpu") == (2 * MIB, 0)
+
+
+def test_counting_tells_the_terminal_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    allocated_bytes(lambda: block(1, "cpu"), "cpu")
+    assert capfd.readouterr() == ("", "")

@@ -7,6 +7,7 @@ import itertools
 import random
 import re
 import xml.etree.ElementTree as ET
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -23,6 +24,7 @@ from cs336_systems.bench.report import (
     bytes_in_words,
     escaped,
     figure_style,
+    lengths,
     logarithmic,
     number,
     percent,
@@ -354,3 +356,52 @@ def test_a_caption_is_plain_text_and_a_note_is_markdown() -> None:
     assert str(table).startswith(r"**of my\_model\_2 \[\*\]**")
     assert str(table).endswith("`run` *it*")
     assert table.caption == "of my_model_2 [*]"
+
+
+# Axes of lengths -----------------------------------------------------------------------------------------------
+
+
+def panel_of(measured: list[int]) -> Any:
+    """A panel whose horizontal axis is one of lengths."""
+    with figure_style():
+        drawing = Figure(figsize=(3, 2))
+        panel = drawing.subplots()
+        panel.plot(measured, [1.0] * len(measured), marker="o")
+        lengths(panel.xaxis, measured)
+    drawing.draw_without_rendering()
+    return panel
+
+
+@pytest.mark.parametrize(
+    ("measured", "names"),
+    [
+        ([256, 1024, 16_384], ["256", "1k", "16k"]),
+        ([16_384, 256, 256, 1024], ["256", "1k", "16k"]),
+        ([1000, 1536, 2048], ["1000", "1536", "2k"]),
+        ([512], ["512"]),
+        ([], []),
+    ],
+)
+def test_an_axis_of_lengths_names_what_was_measured_each_once_and_nothing_else(
+    measured: list[int], names: list[str]
+) -> None:
+    axis = panel_of(measured).xaxis
+    assert [text.get_text() for text in axis.get_ticklabels()] == names
+    assert list(axis.get_ticklocs()) == sorted(set(measured))
+    assert list(axis.get_ticklocs(minor=True)) == []
+
+
+def test_lengths_that_double_are_equally_far_apart() -> None:
+    panel = panel_of([128, 256, 512, 1024])
+    places = [panel.transData.transform((length, 1.0))[0] for length in (128, 256, 512, 1024)]
+    steps = [after - before for before, after in itertools.pairwise(places)]
+    assert steps == pytest.approx([steps[0]] * 3)
+    assert steps[0] > 0
+
+
+def test_the_names_of_many_lengths_are_smaller_and_do_not_meet() -> None:
+    many, few = panel_of([128 * 2**power for power in range(8)]), panel_of([128, 256])
+    sizes = [panel.xaxis.get_ticklabels()[0].get_fontsize() for panel in (many, few)]
+    assert sizes[0] < sizes[1]
+    boxes = [text.get_window_extent() for text in many.xaxis.get_ticklabels()]
+    assert all(before.x1 < after.x0 for before, after in itertools.pairwise(boxes))

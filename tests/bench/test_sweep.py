@@ -16,7 +16,7 @@ import toy_experiment
 from cs336_systems.bench import allocator, fingerprint, sweep
 from cs336_systems.bench.grid import Cell
 from cs336_systems.bench.machine import this_machine
-from cs336_systems.bench.records import Store
+from cs336_systems.bench.records import Measurement, Store
 from cs336_systems.errors import UserError
 from cs336_systems.repository import repository_root
 
@@ -129,6 +129,58 @@ def test_an_out_of_memory_case_is_tried_again_only_when_there_is_more_memory(
     assert run(cases("out of memory"), store).counts == {"reused": 1}
     memory["available"] *= 2
     assert run(cases("out of memory"), store).counts == {"reused": 0, "oom": 1}
+
+
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """How much memory the sweep finds, which a test may change."""
+    found = {"available": 2**30}
+    monkeypatch.setattr(sweep, "available_bytes", lambda _: found["available"])
+    return found
+
+
+def measuring_in_part(monkeypatch: pytest.MonkeyPatch, memory: dict[str, int]) -> None:
+    """The toy measures part of its case and says for which memory the rest did not suffice."""
+    values = {"toy": 1, sweep.AVAILABLE: memory["available"]}
+    monkeypatch.setattr(toy_experiment, "measure", lambda *_: Measurement({"toy_ms": [1.0]}, values))
+
+
+def test_a_case_of_which_a_part_ran_out_of_memory_is_measured_again_only_when_there_is_more(
+    store: Store, monkeypatch: pytest.MonkeyPatch, memory: dict[str, int]
+) -> None:
+    measuring_in_part(monkeypatch, memory)
+    assert run(cases("ok"), store).counts == {"ok": 1, "reused": 0}
+    for available in (2**30, 2**29, 1.05 * 2**30):  # free memory is never twice the same
+        memory["available"] = int(available)
+        assert run(cases("ok"), store).counts == {"reused": 1}
+    memory["available"] = 2**31
+    measuring_in_part(monkeypatch, memory)
+    outcome = run(cases("ok"), store)
+    assert outcome.counts == {"ok": 1, "reused": 0}
+    assert outcome.records[0].measurement.values[sweep.AVAILABLE] == 2**31
+    assert run(cases("ok"), store).counts == {"reused": 1}
+
+
+def test_a_case_whose_every_part_fitted_is_never_measured_again_for_more_memory(
+    store: Store, memory: dict[str, int]
+) -> None:
+    run(cases("ok"), store)
+    memory["available"] *= 1000
+    assert run(cases("ok"), store).counts == {"reused": 1}
+
+
+def test_a_case_that_fits_whole_with_more_memory_is_settled_from_then_on(
+    store: Store, monkeypatch: pytest.MonkeyPatch, memory: dict[str, int]
+) -> None:
+    with monkeypatch.context() as patch:
+        measuring_in_part(patch, memory)
+        run(cases("ok"), store)
+    memory["available"] *= 2
+    outcome = run(cases("ok"), store)
+    assert outcome.counts == {"ok": 1, "reused": 0}
+    assert sweep.AVAILABLE not in outcome.records[0].measurement.values
+    memory["available"] *= 2
+    assert run(cases("ok"), store).counts == {"reused": 1}
 
 
 def test_the_memory_of_the_case_before_is_given_back_before_the_next_asks_how_much_there_is(

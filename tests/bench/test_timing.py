@@ -5,11 +5,18 @@ from __future__ import annotations
 import gc
 import math
 import time
+from functools import partial
 
 import pytest
 import torch
 
-from cs336_systems.bench.timing import describe, float32_matmul_precision, no_garbage_collection, time_steps
+from cs336_systems.bench.timing import (
+    describe,
+    float32_matmul_precision,
+    no_garbage_collection,
+    time_rounds,
+    time_steps,
+)
 from cs336_systems.errors import UserError
 
 
@@ -80,3 +87,73 @@ def test_the_float32_matmul_precision_is_set_for_the_measurement_and_set_back() 
     with float32_matmul_precision("high"):
         assert torch.get_float32_matmul_precision() == "high"
     assert torch.get_float32_matmul_precision() == before
+
+
+# Rounds --------------------------------------------------------------------------------------------------------
+
+
+def test_calls_run_in_turn_one_round_after_the_other_with_warm_ups_like_the_rest() -> None:
+    ran: list[str] = []
+    calls = {name: partial(ran.append, name) for name in ("b", "a", "c")}
+    time_rounds(calls, warmup=1, rounds=2, device="cpu", on_round=lambda: ran.append("|"))
+    assert "".join(ran) == "bac|bac|bac|"
+
+
+def test_each_call_has_its_own_samples_and_the_slow_one_of_a_round_is_its_slow_sample() -> None:
+    # By call, how long each of its runs takes; the first is a warm-up.
+    waits = {"a": iter([0.02, 0.0, 0.02, 0.0]), "b": iter([0.0, 0.0, 0.0, 0.02])}
+    calls = {name: partial(lambda each: time.sleep(next(each)), each) for name, each in waits.items()}
+    found = time_rounds(calls, warmup=1, rounds=3, device="cpu")
+    assert list(found) == ["a", "b"]
+    for timing in found.values():
+        assert (len(timing.warmup_ms), len(timing.samples_ms), timing.device_ms) == (1, 3, ())
+    # sleep never returns early, which is a property of the clock and no speed of this machine
+    assert found["a"].warmup_ms[0] >= 20.0
+    assert found["a"].samples_ms[1] == max(found["a"].samples_ms) >= 20.0
+    assert found["b"].samples_ms[2] == max(found["b"].samples_ms) >= 20.0
+
+
+def test_a_call_may_use_what_the_one_before_it_left() -> None:
+    waiting: list[int] = []
+    calls = {"put": lambda: waiting.append(1), "take": lambda: waiting.pop()}
+    time_rounds(calls, warmup=0, rounds=3, device="cpu")
+    assert waiting == []
+
+
+def test_steps_are_rounds_of_one_call() -> None:
+    ran: list[int] = []
+    found = time_rounds({"only": lambda: ran.append(1)}, warmup=2, rounds=3, device="cpu")["only"]
+    assert (len(ran), len(found.warmup_ms), len(found.samples_ms)) == (5, 2, 3)
+
+
+def test_rounds_of_no_call_still_count() -> None:
+    rounds: list[int] = []
+    assert time_rounds({}, warmup=1, rounds=2, device="cpu", on_round=lambda: rounds.append(1)) == {}
+    assert len(rounds) == 3
+
+
+@pytest.mark.parametrize(("warmup", "rounds"), [(0, 0), (-1, 1), (2, -3)])
+def test_no_measured_round_or_a_negative_warm_up_is_an_error_before_anything_runs(warmup: int, rounds: int) -> None:
+    ran: list[int] = []
+    with pytest.raises(UserError, match=f"at least 1 measured round and 0 warm-ups, found {rounds} and {warmup}"):
+        time_rounds({"a": lambda: ran.append(1)}, warmup=warmup, rounds=rounds, device="cpu")
+    assert ran == []
+
+
+def test_an_error_of_a_call_comes_out_and_the_garbage_collector_is_back_on() -> None:
+    def fail() -> None:
+        assert not gc.isenabled()
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        time_rounds({"a": lambda: None, "b": fail}, warmup=0, rounds=1, device="cpu")
+    assert gc.isenabled()
+
+
+@pytest.mark.gpu
+def test_every_call_of_a_round_has_its_time_by_the_device_on_a_gpu() -> None:
+    a = torch.randn(1024, 1024, device="cuda")
+    found = time_rounds({"one": lambda: a @ a, "two": lambda: a @ a @ a}, warmup=1, rounds=3, device="cuda")
+    for timing in found.values():
+        assert len(timing.device_ms) == len(timing.samples_ms) == 3
+        assert all(0 < device <= wall for device, wall in zip(timing.device_ms, timing.samples_ms, strict=True))
