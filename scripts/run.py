@@ -21,8 +21,8 @@ from typing import Any
 import pandas as pd
 
 from cs336_systems.bench.records import Store
-from cs336_systems.bench.report import Column, Table, number, seconds_in_words
-from cs336_systems.errors import HelpFormatter, UserError, run_command
+from cs336_systems.bench.report import Column, Table, number, plural, seconds_in_words
+from cs336_systems.errors import HelpFormatter, UserError, run_command, unknown_name
 from cs336_systems.repository import shown_path
 from cs336_systems.workbook.documents import require_tools
 from cs336_systems.workbook.editions import build, build_folder, executed_notebooks
@@ -56,7 +56,10 @@ def main(argv: list[str] | None) -> int:
     ]
     if not chosen:
         raise UserError(f"profile {profile.name} names no notebook that is there: see --list, or name a notebook")
-    parameters = {notebook: profile_parameters(profile.name, notebook, overrides) for notebook in chosen}
+    parameters = {
+        notebook: profile_parameters(profile.name, notebook, own)
+        for notebook, own in overrides_of(chosen, overrides).items()
+    }
     with local_data(profile.name, arguments.data_dir) as is_temporary:
         if arguments.dry_run:
             print_plan(chosen, parameters, profile.name)
@@ -126,7 +129,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         action="append",
         default=[],
         metavar=("NAME", "VALUE"),
-        help="set one parameter",
+        help="set one parameter of the notebooks that have it",
     )
     parser.add_argument("--list", action="store_true", help="list notebooks and profiles, and do nothing")
     parser.add_argument("--dry-run", action="store_true", help="print the cases and the predicted minutes, and stop")
@@ -140,6 +143,24 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def grid_arguments(notebook: Notebook, experiment: str, parameters: dict[str, object]) -> dict[str, object]:
     """What one of a notebook's experiments gets of its parameters, those it keeps included."""
     return experiment_arguments(experiment, notebook_parameters(notebook) | parameters)
+
+
+def overrides_of(chosen: list[Notebook], overrides: dict[str, Any]) -> dict[Notebook, dict[str, Any]]:
+    """What was given with -p, for each notebook as far as it has such a parameter.
+
+    Raises:
+        UserError: none of them has it.
+    """
+    known = {notebook: notebook_parameters(notebook) for notebook in chosen}
+    of_any = list(dict.fromkeys(name for parameters in known.values() for name in parameters))
+    for name in overrides:
+        if name not in of_any:
+            of = chosen[0].name if len(chosen) == 1 else plural(len(chosen), "notebook")
+            raise unknown_name("parameter", name, of_any, where=f"of {of} given with -p")
+    return {
+        notebook: {name: value for name, value in overrides.items() if name in parameters}
+        for notebook, parameters in known.items()
+    }
 
 
 def print_list(index: Index) -> None:

@@ -75,9 +75,9 @@ def run_files() -> list[Path]:
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["transformer_stp"], "unknown experiment 'transformer_stp': did you mean 'transformer_step'? Known: machine_"),
+        (["transformer_stp"], "unknown experiment 'transformer_stp': did you mean 'transformer_step'? Known: "),
         (["warmup", "transformer_stp"], "unknown experiment 'transformer_stp'"),
-        ([], "name experiments to measure (machine_peaks, transformer_step, warmup), or give --all"),
+        ([], f"name experiments to measure ({', '.join(experiment_names())}), or give --all"),
         (["warmup", "--all"], "--all is everything the profile names: leave it out, or the names of experiments"),
         (["--all", "--profile", "h200"], "device 'cuda' was asked for, but PyTorch finds no CUDA device here"),
         (["warmup", "--profile", "h20"], "unknown profile 'h20': did you mean 'h200'? Known: laptop, a100-40gb"),
@@ -127,8 +127,9 @@ def test_all_is_everything_the_profile_names_and_the_ceilings_first(
     script: ModuleType, asked: list[tuple[Any, ...]]
 ) -> None:
     status_of(script, "--all", "--profile", "h200")
-    assert [name for name, *_ in asked] == ["machine_peaks", "transformer_step", "warmup"]
-    assert [{each["device"] for each in grids} for _, grids, _ in asked] == [{"cuda"}] * 3
+    names = ["machine_peaks", "transformer_step", "warmup", "pytorch_attention", "flash_benchmarking"]
+    assert [name for name, *_ in asked] == names
+    assert [{each["device"] for each in grids} for _, grids, _ in asked] == [{"cuda"}] * len(names)
     assert asked[1][1][0]["steps"] == 10
 
 

@@ -78,7 +78,14 @@ def make_checkout(root: Path, cells: Mapping[str, list[str]]) -> Path:
         (["99"], f"unknown notebook '99'; known: {TIMING}"),
         (["01_end_to_end_timin"], f"unknown notebook '01_end_to_end_timin': did you mean '{TIMING}'?"),
         (["--profile", "smok"], "unknown profile 'smok': did you mean 'smoke'? Known: laptop, a100-40gb, h100"),
-        (["-p", "stps", "3"], f"unknown parameter 'stps' of {TIMING} given with -p: did you mean 'steps'? Known:"),
+        (
+            ["01", "-p", "stps", "3"],
+            f"unknown parameter 'stps' of {TIMING} given with -p: did you mean 'steps'? Known:",
+        ),
+        (
+            ["01", "06", "-p", "stps", "3"],
+            "unknown parameter 'stps' of 2 notebooks given with -p: did you mean 'steps'?",
+        ),
         (["-p", "steps", "[1"], "the value of -p steps is not YAML"),
         (["--dry-run", "-p", "contexts", "{smal: [8]}"], "unknown size 'smal': did you mean 'small'? Known: tiny,"),
         (["--dry-run", "-p", "steps", "0"], "steps must be a whole number of at least 1, found 0"),
@@ -149,10 +156,14 @@ def test_a_dry_run_prints_the_cases_and_the_minutes_and_measures_nothing(
     script: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plan, _ = dry_run(script, capsys, "--profile", "h200")
-    assert set(plan) == {"transformer_step", "warmup"}
+    assert set(plan) == {"transformer_step", "warmup", "pytorch_attention", "flash_benchmarking"}
     # Five sizes at four contexts and one at two, three phases, with and without autocast.
     assert plan["transformer_step"]["cases"] == str((5 * 4 + 2) * 3 * 2)
     assert plan["warmup"]["cases"] == str(3 * 4)
+    # Five lengths in four dimensions, with and without TF32.
+    assert plan["pytorch_attention"]["cases"] == str(5 * 4 * 2)
+    # The handout's ten lengths in four dimensions and two precisions; training's three in two, causal and not.
+    assert plan["flash_benchmarking"]["cases"] == str(10 * 4 * 2 + 3 * 2 * 2)
     assert all(float(row["minutes"].replace(",", "")) > 0 for row in plan.values())
     assert not Path(os.environ["CS336_DATA"]).exists()
 
@@ -162,6 +173,18 @@ def test_a_dry_run_counts_with_the_parameters_given_by_hand(
 ) -> None:
     plan, _ = dry_run(script, capsys, "01", "-p", "contexts", "{tiny: [8, 16]}", "-p", "warmup_counts", "[0]")
     assert [row["cases"] for row in plan.values()] == ["6", "1"]
+
+
+def test_a_parameter_given_by_hand_is_of_the_notebooks_that_have_it(
+    script: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan, _ = dry_run(script, capsys, "01", "06", "07", "-p", "head_dims", "[16]", "-p", "seq_lens", "[32]")
+    plain, _ = dry_run(script, capsys, "01")
+    assert {name: row["cases"] for name, row in plan.items()} == {
+        **{name: row["cases"] for name, row in plain.items()},
+        "pytorch_attention": "1",
+        "flash_benchmarking": "1",
+    }
 
 
 def test_a_dry_run_that_cannot_predict_minutes_says_what_measures_the_ceilings(
@@ -176,7 +199,12 @@ def test_a_dry_run_of_the_smoke_profile_leaves_no_folder(
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     plan, _ = dry_run(script, capsys, "--profile", "smoke")
-    assert [row["cases"] for row in plan.values()] == ["3", "2"]
+    assert {name: row["cases"] for name, row in plan.items()} == {
+        "transformer_step": "3",
+        "warmup": "2",
+        "pytorch_attention": "2",
+        "flash_benchmarking": "2",
+    }
     assert list(tmp_path.iterdir()) == []
 
 
