@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 import torch
@@ -31,6 +31,7 @@ from cs336_systems.bench.report import (
     logarithmic,
     number,
     plural,
+    verbatim,
     with_deviation,
 )
 
@@ -152,7 +153,7 @@ def compile_table(summary: pd.DataFrame) -> Table:
         *(column for part in ("forward", "backward") for column in _ratios(part)),
         Column("kept, compiled / eager", lambda row: number(row.kept_bytes_compiled / row.kept_bytes_eager, 2)),
     ]
-    pairs = _pairs(summary) if len(summary) else summary
+    pairs = _side_by_side(summary) if len(summary) else summary
     return Table.of(pairs, columns, caption=f"Compiled beside eager. {caption(summary)}", notes=notes_below(summary))
 
 
@@ -175,12 +176,11 @@ def _ratios(part: str) -> list[Column]:
 
 
 def accounting(summary: pd.DataFrame) -> Table | Finding:
-    """What the materialised form holds on the longest shape, out of memory or not, item by item."""
+    """What the materialised form holds on the longest shape, whether it ran out of memory or not, item by item."""
     rows = summary[summary["implementation"] == REFERENCE] if len(summary) else summary
     if not len(rows):
         return Finding("The accounting is of the materialised form, which is not among the implementations.")
-    failed = rows[rows["status"] == "oom"]
-    row = (failed if len(failed) else rows).sort_values(["seq_len", "head_dim"]).iloc[-1]
+    row = rows.sort_values(["seq_len", "head_dim"]).iloc[-1]
     shape = _shape(row)
     kept = kept_for_backward(shape)
     peak = materialised_peak(shape, "forward-backward")
@@ -193,9 +193,10 @@ def accounting(summary: pd.DataFrame) -> Table | Finding:
         Column("what", lambda item: item.what, "left"),
         Column("MiB", lambda item: mebibytes(item.bytes)),
     ]
-    ended = "which ran out of memory" if row["status"] == "oom" else f"the longest of {row['machine']}"
     size = f"batch {shape.batch_size}, length {shape.seq_len:,}, d {shape.head_dim}"
-    return Table.of(pd.DataFrame(items), columns, caption=f"Memory accounting of eager attention: {size}, {ended}")
+    notes = [f"It did not fit on {row['machine']}: {verbatim(str(row['reason']))}."] if row["status"] == "oom" else []
+    caption = f"Memory accounting of eager attention, the longest shape: {size}"
+    return Table.of(pd.DataFrame(items), columns, caption=caption, notes=notes)
 
 
 def _shape(row: pd.Series) -> AttentionShape:
@@ -418,8 +419,11 @@ def compiled(rows: pd.DataFrame) -> Finding | None:
 
 def _pairs(rows: pd.DataFrame) -> pd.DataFrame:
     """Eager and compiled of the same shape, both measured."""
+    return _side_by_side(rows[rows["status"] == "ok"], how="inner")
+
+
+def _side_by_side(rows: pd.DataFrame, how: Literal["inner", "left"] = "left") -> pd.DataFrame:
+    """Eager and compiled of the same shape, the columns of the one ending in `_eager`, of the other in `_compiled`."""
     same = ["batch_size", "heads", "head_dim", "seq_len", "dtype", "is_causal", "float32_matmul"]
-    sides = [
-        rows[(rows["status"] == "ok") & (rows["implementation"] == name)] for name in (REFERENCE, REFERENCE + COMPILED)
-    ]
-    return sides[0].merge(sides[1], on=same, suffixes=("_eager", "_compiled"))
+    eager, other = (rows[rows["implementation"] == name] for name in (REFERENCE, REFERENCE + COMPILED))
+    return eager.merge(other, on=same, suffixes=("_eager", "_compiled"), how=how)

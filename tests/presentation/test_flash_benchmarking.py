@@ -233,7 +233,7 @@ def test_sentences_that_the_data_bear_out_have_their_numbers(store: Store) -> No
     flops = 3.5 * 4 * 16 * 4096 * 4097 / 2
     assert str(fastest) == (
         "At length 4,096, d 16, float32 the fastest forward with backward is flash with 1,536 ms, 4.0 times as fast "
-        f"as eager, at {flops / 1.536 / 1e12:.5f} TFLOP/s or {100 * flops / 1.536 / 1e11:.1f} % of the peak."
+        f"as eager, at {flops / 1.536 / 1e12:.5f} TFLOP/s."
     )
     assert str(rival) == (
         "flash is 1.5 times as fast as PyTorch's flash backend forward (1.5) and 1.5 times backward (1.5), over 3 "

@@ -165,13 +165,14 @@ def test_each_precision_is_paired_with_itself(store: Store) -> None:
     assert cells(table, "H100 80 GB eager / compiled") == [f"{312 / 360:.2f}", "–"]
 
 
-def test_a_pair_that_is_not_whole_is_left_out_of_the_comparison_and_told_below(store: Store) -> None:
+def test_a_pair_that_is_not_whole_has_no_ratio_and_is_told_below(store: Store) -> None:
     records = [
         record_of(attention_case(), fell_out={"reference+compile": ("failed", "ValueError: x")}),
         *usual((1024,)),
     ]
     table = presentation.compile_table(summary(store, *records))
-    assert cells(table, "length") == ["1,024"]
+    assert cells(table, "length") == ["256", "1,024"]
+    assert cells(table, "eager / compiled") == ["–", "2.0"]
     assert table.notes == ("failed: reference+compile at d 16, length 256: `ValueError: x`",)
 
 
@@ -182,7 +183,8 @@ def test_the_accounting_is_of_the_longest_shape_that_ran_out_of_memory(store: St
     ]
     table = presentation.accounting(summary(store, *usual(), *too_long))
     assert isinstance(table, Table)
-    assert table.caption.endswith("batch 8, length 16,384, d 16, which ran out of memory")
+    assert table.caption.endswith("batch 8, length 16,384, d 16")
+    assert table.notes == ("It did not fit on toy-1c: `too large`.",)
     items = dict(zip(cells(table, "what"), cells(table, "MiB"), strict=True))
     assert items["exponentials"] == items["weights"] == "8,192.00"
     assert items["causal mask"] == "256.00"
@@ -194,7 +196,8 @@ def test_the_accounting_is_of_the_longest_shape_that_ran_out_of_memory(store: St
 def test_where_all_fitted_the_accounting_is_of_the_longest(store: Store) -> None:
     table = presentation.accounting(summary(store, *usual()[::-1]))
     assert isinstance(table, Table)
-    assert table.caption.endswith("batch 8, length 4,096, d 16, the longest of toy-1c")
+    assert table.caption.endswith("batch 8, length 4,096, d 16")
+    assert table.notes == ()
     sizes = [float(text.replace(",", "")) for text in cells(table, "MiB")]
     assert sum(sizes[:-2]) == pytest.approx(sizes[-2], abs=0.05)
 

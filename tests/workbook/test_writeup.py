@@ -302,11 +302,14 @@ def test_a_machine_without_a_record_of_an_experiment_appears_in_its_section_with
 @pytest.mark.parametrize("experiment", ["machine_peaks", "transformer_step", "warmup"])
 def test_without_the_last_record_of_an_experiment_its_section_says_what_to_run(tmp_path: Path, experiment: str) -> None:
     store = copy_of_published(tmp_path)
+    sections = (
+        draft(Archive(store, INDEX), folder=tmp_path).markdown("github", "figures").count("# epyc-turin-2c, publ")
+    )
     (store.published / "epyc-turin-2c" / f"{experiment}.jsonl").unlink()
     text = draft(Archive(store, INDEX), folder=tmp_path).markdown("github", "figures")
     told = f"run `python scripts/measure.py {experiment}` on epyc-turin-2c, then `python scripts/publish_records.py`"
     assert told in text
-    assert text.count("#### epyc-turin-2c, published") == 2
+    assert text.count("# epyc-turin-2c, published") == sections > 2
     if experiment == "machine_peaks":
         assert "**Table 1.** The ceilings of epyc-turin-2c\n" in text
         assert f"\nNot known: bfloat16 products, float32 products, memory; {told}.\n" in text
