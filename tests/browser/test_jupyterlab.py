@@ -144,7 +144,7 @@ def test_the_headings_make_a_table_of_contents(notebook: Notebook, pages: dict[s
     page = pages[notebook.name]
     cells = nbformat.read(folder / notebook.path.name, as_version=4).cells
     headings = [
-        re.sub(r"^#+ ", "", line)
+        re.sub(r"^#+ |`", "", line)
         for cell in cells
         if cell.cell_type == "markdown"
         for line in cell.source.splitlines()
