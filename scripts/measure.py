@@ -63,7 +63,7 @@ def measure(name: str, cells: list[Cell[Any]], remeasure: bool, store: Store) ->
     counted = ", ".join(f"{count} {what}" for what, count in outcome.counts.items() if count)
     print(f"{name}: {counted}; records in {store.local}", flush=True)
     for record in outcome.failed:
-        print(f"failed: {record.case}: {record.reason}", flush=True)
+        print(f"failed: {record.case}: {'; '.join(record.failures)}", flush=True)
     return len(outcome.failed)
 
 

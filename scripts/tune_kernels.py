@@ -93,13 +93,19 @@ def tuned(setting: Setting) -> list[dict[str, Any]]:
     from cs336_systems.attention.flash_launch import Problem
     from cs336_systems.attention.flash_tiles import KERNELS
 
-    generator = torch.Generator("cuda").manual_seed(0)
-    shape = (3, 1, setting.heads, setting.length, setting.head_dim)
-    inputs = torch.randn(shape, device="cuda", dtype=DTYPES[setting.dtype], generator=generator)
-    query, key, value = inputs
-    offset = 0 if setting.is_causal else None
-    new = flash_tuning.tune(query, key, value, offset, setting.precision)
-    problem = Problem.of(query, key, offset, setting.precision)
+    problem = Problem(
+        batch=1,
+        heads=setting.heads,
+        key_heads=setting.heads,
+        queries=setting.length,
+        keys=setting.length,
+        head_dim=setting.head_dim,
+        dtype=DTYPES[setting.dtype],
+        offset=0 if setting.is_causal else None,
+        precision=setting.precision,
+        device=torch.device("cuda", torch.cuda.current_device()),
+    )
+    new = flash_tuning.tune(problem)
     rows = []
     for kernel in KERNELS:
         choice, known = flash_tuning.chosen(kernel, problem), flash_tuning.known_tiles(kernel, problem)

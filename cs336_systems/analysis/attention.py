@@ -8,8 +8,9 @@ Symbols: B batch · heads, T length (queries = keys), d head_dim, i bytes per el
     bytes, any form        forward Q, K, V, O; backward Q, K, V, dO, dQ, dK, dV, each once: 4·B·T·d·i and 7·B·T·d·i
     bytes, materialised    on top, every operator between the products reads and writes matrices of M bytes
 
-Of FLOPs per byte, the arithmetic intensity, the materialised form has about 4·d / (14·i) forward, whatever the length;
-FlashAttention has about T / (2·i), because a tile of scores never leaves the chip.
+Of FLOPs per byte, the arithmetic intensity, the materialised form has about 4·d / (14·i) forward, whatever the length.
+Where a tile of scores never leaves the chip it is T / i at most, if Q, K, V and O pass once; tiles of queries that read
+K and V again, from cache or memory, have less.
 
 Source: Dao et al. 2022, "FlashAttention", sections 2 and 3; CS336 assignment 2, pytorch_attention.
 """
@@ -113,12 +114,9 @@ def materialised_traffic(shape: AttentionShape, phase: str) -> int:
 
 
 def intensity(shape: AttentionShape, phase: str, *, materialised: bool) -> float:
-    """FLOPs per byte; the materialised form computes what the mask removes, too."""
-    if not materialised:
-        work = least_work(shape, phase)
-        return work.flops / work.bytes
-    whole = dataclasses.replace(shape, is_causal=False)
-    return least_work(whole, phase).flops / materialised_traffic(shape, phase)
+    """FLOPs per byte, of the whole matrix in either form: the materialised one, or one that moves the least."""
+    work = least_work(dataclasses.replace(shape, is_causal=False), phase)
+    return work.flops / (materialised_traffic(shape, phase) if materialised else work.bytes)
 
 
 def kept_for_backward(shape: AttentionShape) -> dict[str, int]:

@@ -20,12 +20,14 @@ import triton
 import triton.language as tl
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+# Compiled once for sizes of any kind: Triton would compile anew for 1, and for multiples of 16.
+_SIZES = ["num_heads", "group", "num_queries", "num_keys", "offset"]
 LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
 def _rows_of(base, stride, rows, num_rows, columns, num_columns, EVEN: tl.constexpr):
-    """A tile of a matrix whose rows lie `stride` apart; zero beyond its rows and columns."""
+    """A tile of a matrix of less than 2³¹ elements, rows `stride` apart; zero beyond its rows and columns."""
     pointers = base + rows[:, None] * stride + columns[None, :]
     if EVEN:
         return tl.load(pointers)
@@ -66,7 +68,7 @@ def _scores(
     return scores
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def forward_kernel(
     Q, K, V, O, L,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, o_batch, o_head, o_row,
@@ -138,7 +140,7 @@ def _meet(
     return acc, total * rescale + tl.sum(weights, 1), larger
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def delta_kernel(
     O, DO, D,
     o_batch, o_head, o_row, do_batch, do_head, do_row,
@@ -155,7 +157,7 @@ def delta_kernel(
     tl.store(D + item.to(tl.int64) * num_queries + rows, delta, mask=rows < num_queries)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def grad_key_value_kernel(
     Q, K, V, DO, L, D, DK, DV,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, do_batch, do_head, do_row,
@@ -230,7 +232,7 @@ def _grad_key_value(
     return grad_k, grad_v
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def grad_query_kernel(
     Q, K, V, DO, L, D, DQ,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, do_batch, do_head, do_row,

@@ -70,14 +70,29 @@ class Problem:
         }
 
 
+MOST_ITEMS = 65_535
+"""Programs along the second axis of a grid, one per item of the batch and head."""
+
+
+def parts_of_batch(query: Tensor) -> list[slice]:
+    """The batch in parts that a grid has room for; more heads than that are refused where inputs are checked."""
+    batch, heads = query.shape[:2]
+    step = max(1, MOST_ITEMS // heads)
+    return [slice(start, start + step) for start in range(0, batch, step)]
+
+
 def block_of(head_dim: int) -> int:
     """The power of two in which a head dimension is computed; matrix units want 16 at least."""
     return max(16, triton.next_power_of_2(head_dim))
 
 
 def dense_rows(x: Tensor) -> Tensor:
-    """With its last dimension contiguous, which the kernels count on; the others may have any stride."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """With its last dimension contiguous, and from a head's first row to its last less than 2³¹ elements.
+
+    The kernels count on both, and on nothing else of the strides; other tensors are copied.
+    """
+    spans = (x.shape[-2] - 1) * x.stride(-2)
+    return x if x.stride(-1) == 1 and spans < 2**31 - 2**16 else x.contiguous()
 
 
 def launch_forward(query: Tensor, key: Tensor, value: Tensor, problem: Problem, tiles: Tiles) -> tuple[Tensor, Tensor]:

@@ -23,12 +23,14 @@ from triton import knobs
 
 from cs336_systems.attention import flash_tuning
 from cs336_systems.attention.flash_launch import (
+    MOST_ITEMS,
     Problem,
     dense_rows,
     launch_delta,
     launch_forward,
     launch_grad_key_value,
     launch_grad_query,
+    parts_of_batch,
 )
 from cs336_systems.attention.flash_tiles import KERNELS
 from cs336_systems.attention.inputs import Alignment, check_inputs, diagonal
@@ -86,7 +88,7 @@ class FlashAttentionTriton(torch.autograd.Function):
         four = [_with_heads(x) for x in (query, key, value, output)]
         lse, grad = logsumexp.view(four[0].shape[:-1]), _with_heads(grad_output)
         if ctx.backward_by == "compiled":
-            found = compiled_backward()(*four, lse, grad, ctx.offset)
+            found = compiled_backward(*four, lse, grad, ctx.offset)
         else:
             found = flash_backward(*four, lse, grad, ctx.offset, ctx.precision)
         shaped = (gradient.view(of.shape) for gradient, of in zip(found, (query, key, value), strict=True))
@@ -117,7 +119,7 @@ class TritonAttention:
         """Find the fastest tiles for inputs like these, unless they were found before; see `flash_tuning`."""
         check_inputs(query, key, value)
         check_kernel_inputs(query, value)
-        flash_tuning.tune(query, key, value, diagonal(query, key, is_causal), self.precision)
+        flash_tuning.tune(Problem.of(query, key, diagonal(query, key, is_causal), self.precision))
 
     def configuration(self, query: Tensor, key: Tensor, *, is_causal: bool) -> dict[str, Any]:
         """Per kernel the tiles that inputs like these are cut into, and whether they were tuned: for records."""
@@ -144,6 +146,8 @@ def check_kernel_inputs(query: Tensor, value: Tensor) -> None:
     if value.shape[-1] != query.shape[-1]:
         found = f"{query.shape[-1]} and {value.shape[-1]}"
         raise UserError(f"the Triton kernels take keys and values of one dimension, found {found}")
+    if query.ndim == 4 and query.shape[1] > MOST_ITEMS:
+        raise UserError(f"the Triton kernels take up to {MOST_ITEMS:,} heads, found {query.shape[1]:,}")
     if query.shape[-1] > LARGEST_HEAD_DIM:
         raise UserError(f"the Triton kernels take head dimensions up to {LARGEST_HEAD_DIM}, found {query.shape[-1]}")
 
@@ -161,9 +165,16 @@ def flash_forward(
     query: Tensor, key: Tensor, value: Tensor, offset: int | None, precision: str
 ) -> tuple[Tensor, Tensor]:
     """Output and logsumexp of (batch, heads, length, dim) inputs."""
-    query, key, value = (dense_rows(x) for x in (query, key, value))
+    inputs = [dense_rows(x) for x in (query, key, value)]
     problem = Problem.of(query, key, offset, precision)
-    return launch_forward(query, key, value, problem, flash_tuning.chosen("forward", problem).tiles)
+    tiles = flash_tuning.chosen("forward", problem).tiles
+    with torch.cuda.device_of(query):  # Triton launches on the current device
+        found = [
+            launch_forward(q, k, v, Problem.of(q, k, offset, precision), tiles)
+            for q, k, v in ([x[part] for x in inputs] for part in parts_of_batch(query))
+        ]
+    output, logsumexp = found[0] if len(found) == 1 else map(torch.cat, zip(*found, strict=True))
+    return output, logsumexp
 
 
 @flash_forward.register_fake
@@ -184,13 +195,20 @@ def flash_backward(
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value."""
-    query, key, value, output, grad_output = (dense_rows(x) for x in (query, key, value, output, grad_output))
+    inputs = [dense_rows(x) for x in (query, key, value, grad_output, output)]
     problem = Problem.of(query, key, offset, precision)
     by_key, by_query = (flash_tuning.chosen(kernel, problem).tiles for kernel in ("grad_key_value", "grad_query"))
     logsumexp = logsumexp.contiguous()
-    saved = (query, key, value, grad_output, logsumexp, launch_delta(output, grad_output))
-    grad_key, grad_value = launch_grad_key_value(*saved, problem, by_key)
-    return launch_grad_query(*saved, problem, by_query), grad_key, grad_value
+    found = []
+    with torch.cuda.device_of(query):
+        for part in parts_of_batch(query):
+            q, k, v, grad, out = (x[part] for x in inputs)
+            of_part = Problem.of(q, k, offset, precision)
+            saved = (q, k, v, grad, logsumexp[part], launch_delta(out, grad))
+            grad_key, grad_value = launch_grad_key_value(*saved, of_part, by_key)
+            found.append((launch_grad_query(*saved, of_part, by_query), grad_key, grad_value))
+    grads = found[0] if len(found) == 1 else tuple(map(torch.cat, zip(*found, strict=True)))
+    return grads[0], grads[1], grads[2]
 
 
 @flash_backward.register_fake

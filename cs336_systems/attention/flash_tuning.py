@@ -30,7 +30,6 @@ from triton.errors import TritonError
 from cs336_systems.attention import flash_kernels, flash_tiles
 from cs336_systems.attention.flash_launch import (
     Problem,
-    dense_rows,
     launch_delta,
     launch_forward,
     launch_grad_key_value,
@@ -140,16 +139,11 @@ def _keep(device: torch.device, found: Mapping[str, Tiles]) -> None:
 # Tuning --------------------------------------------------------------------------------------------------------
 
 
-def tune(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    offset: int | None,
-    precision: str,
-    *,
-    timer: Timer | None = None,
-) -> dict[str, Tiles]:
-    """Time every candidate of every kernel on these inputs and keep the winners; what has one is left alone.
+def tune(asked: Problem, *, timer: Timer | None = None) -> dict[str, Tiles]:
+    """Time every candidate of every kernel and keep the winners; what has one is left alone.
+
+    What is timed is a problem that stands for all of its class (`representative`), so that it does not matter which of
+    them was met first.
 
     Args:
         timer: milliseconds of a call; by default the median of `triton.testing.do_bench`.
@@ -158,26 +152,51 @@ def tune(
         What was found, by `key_of`.
 
     Raises:
-        UserError: the inputs are not on a GPU, no candidate of a kernel runs on it, or the winners cannot be written.
+        UserError: the problem is not on a GPU, no candidate of a kernel runs on it, or the winners cannot be written.
     """
-    query, key, value = (dense_rows(x.detach()) for x in (query, key, value))
-    problem = Problem.of(query, key, offset, precision)
+    problem = representative(asked)
     if problem.device.type != "cuda":
         raise UserError(f"tiles are timed on a CUDA device, found inputs on {problem.device}")
 
     @functools.cache
+    def inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        generator = torch.Generator(problem.device).manual_seed(0)  # what others draw stays as it is
+        shape = (4, problem.batch, problem.heads, problem.queries, problem.head_dim)
+        query, key, value, grad_output = torch.randn(shape, device=problem.device, generator=generator).to(
+            problem.dtype
+        )
+        return query, key, value, grad_output
+
+    @functools.cache
     def saved() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        # Called when the forward has its winner. As gradient of the output any numbers do, so the query's: to draw some
-        # would change what is drawn after tuning.
+        """What backward has, by the forward's winner."""
+        query, key, value, grad_output = inputs()
         output, logsumexp = launch_forward(query, key, value, problem, chosen("forward", problem).tiles)
-        return query, key, value, query, logsumexp, launch_delta(output, query)
+        return query, key, value, grad_output, logsumexp, launch_delta(output, grad_output)
 
     launches: dict[Kernel, Launch] = {
-        "forward": lambda tiles: launch_forward(query, key, value, problem, tiles),
+        "forward": lambda tiles: launch_forward(*inputs()[:3], problem, tiles),
         "grad_key_value": lambda tiles: launch_grad_key_value(*saved(), problem, tiles),
         "grad_query": lambda tiles: launch_grad_query(*saved(), problem, tiles),
     }
-    return find(problem, launches, timer or _milliseconds)
+    with torch.cuda.device(problem.device):
+        return find(problem, launches, timer or _milliseconds)
+
+
+def representative(problem: Problem) -> Problem:
+    """The longest problem of the class, of the longest class one four times the end of the one before."""
+    longest = max(problem.queries, problem.keys)
+    length = next((most for most in LENGTHS if longest <= most), 4 * LENGTHS[-1])
+    heads = 2 * MANY_HEADS if problem.batch * problem.heads >= MANY_HEADS else 1
+    return dataclasses.replace(
+        problem,
+        batch=1,
+        heads=heads,
+        key_heads=heads,
+        queries=length,
+        keys=length,
+        offset=None if problem.offset is None else 0,
+    )
 
 
 def find(problem: Problem, launches: Mapping[Kernel, Launch], timer: Timer) -> dict[str, Tiles]:
@@ -207,13 +226,19 @@ def fastest(kernel: Kernel, launch: Launch, tiles: tuple[Tiles, ...], timer: Tim
     for candidate in tiles:
         try:
             times[candidate] = timer(functools.partial(launch, candidate))
-        except (torch.OutOfMemoryError, torch.AcceleratorError):
-            raise  # the inputs are too large, or a kernel is at fault: nothing that other tiles would mend
         except (TritonError, RuntimeError) as error:
+            if not is_refusal(error):
+                raise  # the inputs are too large, or a kernel is at fault: nothing that other tiles would mend
             refused.append(f"{candidate} ({first_line(error)})")
     if not times:
         raise UserError(f"none of the tiles of {kernel} runs on this GPU: {'; '.join(refused)}")
     return min(times, key=times.__getitem__)
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether the compiler or the launch refused a candidate, as opposed to running it into a fault."""
+    signs = ("PassManager::run failed", "invalid argument", "too many resources requested")
+    return isinstance(error, TritonError) or any(sign in str(error) for sign in signs)
 
 
 def _milliseconds(call: Callable[[], object]) -> float:

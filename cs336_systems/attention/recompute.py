@@ -13,8 +13,10 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
+import torch._dynamo.config as dynamo_config
 from jaxtyping import Float
 from torch import Tensor
 
@@ -49,7 +51,19 @@ def recomputed_backward(
     )
 
 
-@functools.cache
-def compiled_backward() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+KINDS = 64
+"""How many kinds of calls are compiled for: precision, mask, groups of heads, and dimensions that are 1."""
+
+
+def compiled_backward(*saved: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The same through `torch.compile`, once for lengths of any kind; `fullgraph`, so that it never falls back."""
+    if torch.compiler.is_compiling():
+        return recomputed_backward(*saved)
+    with dynamo_config.patch(recompile_limit=KINDS):
+        found: tuple[Tensor, Tensor, Tensor] = _compiled()(*saved)
+    return found
+
+
+@functools.cache
+def _compiled() -> Callable[..., Any]:
     return torch.compile(recomputed_backward, dynamic=True, fullgraph=True)

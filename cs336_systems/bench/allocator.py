@@ -185,8 +185,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception means that memory ran out, on either device."""
     if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
         return True
-    # PyTorch's CPU allocator has no exception type of its own.
-    signs = ("can't allocate memory", "not enough memory", "CUDA out of memory", "std::bad_alloc")
+    # What has no exception type of its own: PyTorch's CPU allocator, cuBLAS, and Triton's launcher.
+    signs = (
+        *("can't allocate memory", "not enough memory", "std::bad_alloc"),
+        *("CUDA out of memory", "[CUDA]: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"),
+    )
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 

@@ -72,8 +72,16 @@ class Record:
         return case_key(self.case)
 
     @property
+    def failures(self) -> list[str]:
+        """What failed: the case, or contenders of a contest (`bench/contest.py`) whose others were measured."""
+        if self.status == "failed":
+            return [str(self.reason)]
+        parts = {name: part for name, part in self.measurement.values.items() if isinstance(part, dict)}
+        return [f"{name}: {part['reason']}" for name, part in parts.items() if part.get("status") == "failed"]
+
+    @property
     def is_good(self) -> bool:
-        return self.status != "failed"
+        return not self.failures
 
     def stale_reasons(self, current: Mapping[str, Any]) -> list[str]:
         """Why this record no longer speaks of the fingerprint `current`; empty if it does.

@@ -52,7 +52,7 @@ class Outcome:
 
     @property
     def failed(self) -> list[Record]:
-        return [record for record in self.records if record.status == "failed"]
+        return [record for record in self.records if record.failures]
 
 
 def run(

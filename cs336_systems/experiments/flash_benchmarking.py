@@ -23,7 +23,6 @@ from typing import Any, Protocol, runtime_checkable
 
 import pandas as pd
 import torch
-import torch._functorch.config as functorch_config
 from torch import Tensor
 
 from cs336_systems.analysis.attention import PHASES, counted_flops, least_work
@@ -159,9 +158,7 @@ def measure(case: Case, on_part: OnPart) -> Measurement:
         done += 1
         on_part(done / (case.rounds + _WARMUP_ROUNDS[case.device] + len(case.implementations)))
 
-    # A backward that is timed again and again on one graph may not write over what forward kept for it.
-    keep_buffers = functorch_config.patch(donated_buffer=False)
-    with float32_matmul_precision(case.float32_matmul), keep_buffers:
+    with float32_matmul_precision(case.float32_matmul):
         contenders = contenders_of(case)
         exact = exact_attention(contenders[0].inputs, case.is_causal)
         for contender in contenders:
@@ -201,11 +198,13 @@ def time_on_cpu(
 def time_on_gpu(
     contenders: Sequence[AttentionContender], rounds: int, on_round: Callable[[], None]
 ) -> dict[str, Sequence[float]]:
-    """A median of `do_bench` each per round; of one implementation's graphs at a time, since they can be large."""
+    """A median of `do_bench` each per round, which begins with another each time; of one's graphs at a time."""
     samples: dict[str, list[float]] = {}
     with no_garbage_collection():
-        for _ in range(rounds):
-            for contender in contenders:
+        for number in range(rounds):
+            # Whoever follows a long or a hot one does so once.
+            first = number % max(1, len(contenders))
+            for contender in [*contenders[first:], *contenders[:first]]:
                 for phase in PHASES:
                     taken = samples.setdefault(f"{contender.name} {phase}_ms", [])
                     contender.attempt(partial(bench, contender, phase, taken))
@@ -218,15 +217,18 @@ def bench(contender: AttentionContender, phase: str, taken: list[float]) -> None
     inputs = contender.inputs
     forward = partial(contender.function, *inputs.leaves, is_causal=contender.case.is_causal)
 
-    def gradients(of: Tensor, *, again: bool) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(of, inputs.leaves, inputs.grad_output, retain_graph=again)
+    def gradients(of: Tensor | None) -> tuple[Tensor, ...]:
+        assert of is not None
+        return torch.autograd.grad(of, inputs.leaves, inputs.grad_output)
 
     if phase == "forward":
         taken.append(benched_ms(forward))
     elif phase == "backward":
-        taken.append(benched_ms(partial(gradients, forward(), again=True)))
+        # Of a graph of its own each, as in training: what forward kept may be written over, and is let go on the way.
+        taken.append(benched_ms(lambda: gradients(contender.output), contender.forward))
+        contender.let_go()
     else:
-        taken.append(benched_ms(lambda: gradients(forward(), again=False)))
+        taken.append(benched_ms(lambda: gradients(forward())))
 
 
 def refuse_long_loops(contender: AttentionContender) -> None:
@@ -345,4 +347,4 @@ def predicted_seconds(case: Case, peaks: Peaks, slowdown: float) -> float:
         return math.nan
     floor = sum(bound(least_work(case.shape, phase), peaks, case.precision(REFERENCE)).seconds for phase in PHASES)
     per_round = max(0.03 * len(PHASES) if case.device == "cuda" else 0.0, floor * slowdown)
-    return (case.rounds + 5) * len(case.implementations) * per_round + COMPILE_S * compiled
+    return (case.rounds + 5) * len(case.implementations) * per_round + COMPILE_S[case.device] * compiled

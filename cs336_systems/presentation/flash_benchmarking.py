@@ -12,7 +12,7 @@ import pandas as pd
 from cs336_systems.analysis.attention import AttentionShape
 from cs336_systems.analysis.attention import intensity as flops_per_byte
 from cs336_systems.analysis.hardware import gpu_peaks
-from cs336_systems.analysis.published import H100
+from cs336_systems.analysis.published import H100, LEADERBOARD_2025_MS
 from cs336_systems.bench import remarks
 from cs336_systems.bench.remarks import circumstances, marks, staleness
 from cs336_systems.bench.report import (
@@ -133,7 +133,10 @@ def speedups(summary: pd.DataFrame) -> Table:
         Column("tiles", tiles, "left"),
         Column(f"{H100} tile", _published_tile, "left"),
     ]
-    return Table.of(rows, columns, caption=f"{name} over eager: {_shared(summary)}", notes=notes_below(ours))
+    notes = []
+    if "float32" in set(rows["dtype"]) and name.startswith("flash-triton"):
+        notes = ["Ours multiplies float32 in IEEE precision; the published figures do not say whether theirs is TF32."]
+    return Table.of(rows, columns, caption=f"{name} over eager: {_shared(summary)}", notes=[*notes, *notes_below(ours)])
 
 
 def _comparison(name: str, heading: str) -> list[Column]:
@@ -291,6 +294,7 @@ def findings(summary: pd.DataFrame) -> Findings:
             *Finding.from_all(summary, "Which implementation is the fastest", fastest),
             *Finding.from_all(summary, "How ours compares with PyTorch's FlashAttention", against_flash),
             *Finding.from_all(summary, "Whether ours is ever slower than eager attention", against_eager),
+            *([] if (told := leaderboard(summary)) is None else [told]),
             *Finding.from_all(summary, "How large the errors are", errors),
             *Finding.from_all(summary, "How near their floors the times come", nearness),
             *staleness(summary),
@@ -347,41 +351,69 @@ def fastest(rows: pd.DataFrame) -> Finding | None:
     )
 
 
+FORWARD_AIM, BACKWARD_AIM = 1.15, 0.9
+"""Times as fast as PyTorch's flash backend: what the Triton kernels are to reach on training's shapes."""
+
+
 def against_flash(rows: pd.DataFrame) -> Finding | None:
-    """Forward and backward of ours over PyTorch's flash backend: at least 1.15 and 0.9 times as fast are aimed at."""
+    """Forward and backward of ours over PyTorch's flash backend, on training's shapes where there are any."""
     pairs = _beside(rows, "sdpa-flash")
+    training = pairs[pairs["heads"] > 1] if len(pairs) else pairs
+    pairs = training if len(training) else pairs
     if not len(pairs):
         return None
     forward, backward = (pairs[f"{part}_ms_other"] / pairs[f"{part}_ms"] for part in ("forward", "backward"))
     name = pairs["implementation"].iloc[0]
+    below = pairs[(forward < FORWARD_AIM) | (backward < BACKWARD_AIM)]
+    aims = f"{FORWARD_AIM:g} times forward and {BACKWARD_AIM:g} times backward"
     return Finding.checked(
-        f"{name} is {number(forward.median(), 2)} times as fast as PyTorch's flash backend forward ({_span(forward)}) "
-        f"and {number(backward.median(), 2)} times backward ({_span(backward)}), over {plural(len(pairs), 'shape')}",
-        bool(forward.median() >= 1.15 and backward.median() >= 0.9),
-        so=".",
-        but=_why_not(name),
+        f"{name} is {_span(forward)} times as fast as PyTorch's flash backend forward and {_span(backward)} times "
+        f"backward, over {plural(len(pairs), 'shape')}",
+        not len(below),
+        so=f": everywhere at least the {aims} that are aimed at.",
+        but=_why_not(name) if name == "flash" else f": the {aims} aimed at are missed at {_places(below)}.",
     )
 
 
 def _why_not(name: str) -> str:
-    if name == "flash":
-        return ": a loop over tiles in Python is for reading, and a CPU's cache holds what a GPU must tile for."
-    return ": the backend's kernels are not beaten."
+    return f": {name} is a loop over tiles in Python, for reading, and a CPU's cache holds what a GPU must tile for."
+
+
+def _places(rows: pd.DataFrame) -> str:
+    return remarks.enumerated([_case_name(row) for _, row in rows.iterrows()])
+
+
+def leaderboard(rows: pd.DataFrame) -> Finding | None:
+    """Forward with backward on the shape of 2025's leaderboard, beside the best that is published."""
+    shape = {"batch_size": 1, "heads": 16, "seq_len": 16_384, "head_dim": 64, "dtype": "bfloat16", "is_causal": True}
+    is_shape = (rows[list(shape)] == pd.Series(shape)).all(axis="columns")
+    found = rows[is_shape & (rows["implementation"] == "flash-triton") & (rows["status"] == "ok")]
+    if not len(found):
+        return None
+    took = found["both_ms"].iloc[0]
+    return Finding.checked(
+        f"On the shape of 2025's leaderboard flash-triton takes {number(took)} ms forward with backward; the best that "
+        f"is published for it is {LEADERBOARD_2025_MS:g} ms",
+        bool(took < LEADERBOARD_2025_MS),
+        so=": it is beaten.",
+        but=": it is not reached.",
+    )
 
 
 def against_eager(rows: pd.DataFrame) -> Finding | None:
+    """Each phase on its own: a gain in one must not hide a loss in another."""
     pairs = _beside(rows, REFERENCE)
     if not len(pairs):
         return None
-    ratio = pairs["both_ms_other"] / pairs["both_ms"]
-    slower = pairs[ratio < 1]
-    worst = pairs.loc[ratio.idxmin()]
+    ratios = pd.DataFrame({part: pairs[f"{part}_ms_other"] / pairs[f"{part}_ms"] for part, _ in _PARTS})
+    slower = pairs[ratios.min(axis="columns") < 1]
+    parts = ", ".join(f"{heading} {_span(ratios[part])}" for part, heading in _PARTS)
     return Finding.checked(
-        f"Over {plural(len(pairs), 'shape')} {worst['implementation']} is {_span(ratio)} times as fast as eager "
-        "attention, forward with backward",
+        f"Times as fast as eager attention is {pairs['implementation'].iloc[0]}: {parts}, over "
+        f"{plural(len(pairs), 'shape')}",
         not len(slower),
-        so=": it is never the slower one.",
-        but=f": it is the slower one at {plural(len(slower), 'shape')}, most of all at length {worst['seq_len']:,}.",
+        so="; it is never the slower one.",
+        but=f"; it is the slower one in some phase at {_places(slower)}.",
     )
 
 
@@ -455,7 +487,8 @@ def _sides(shape: str, stored: float, tiled: float, ridges: Mapping[str, float])
     known = ", ".join(f"{number(ridge)} on {name}" for name, ridge in ridges.items())
     return Finding.checked(
         f"At {shape} the materialised form does {number(stored)} FLOPs for each byte that its operators move; a tiled "
-        f"one, which reads Q, K and V and writes O, {number(tiled)}. Products and memory are equally busy at {known}",
+        f"one up to {number(tiled)}, if Q, K, V and O pass once between memory and chip. Products and memory are "
+        f"equally busy at {known}",
         all(stored < ridge < tiled for ridge in ridges.values()),
         so=": tiling takes attention from the side of bandwidth to that of arithmetic.",
         but=": there both lie on one side, so that tiling changes memory more than time.",

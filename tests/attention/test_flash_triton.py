@@ -82,6 +82,7 @@ def test_every_candidate_that_tuning_may_choose_gives_the_same(report: Report) -
         pytest.param("a second run", id="a second run gives the same bits"),
         pytest.param("other items", id="an item of the batch does not touch the others"),
         pytest.param("other heads", id="a head does not touch the others"),
+        pytest.param("parts of the batch", id="a batch too large for a grid is computed in parts"),
         pytest.param("masked keys", id="masked keys and values may hold anything finite"),
         pytest.param("hidden rows", id="a row without a visible key gives nothing and takes no gradient"),
         pytest.param("the model's form", id="the form that the model calls is the same"),
@@ -143,6 +144,7 @@ def test_on_a_gpu_every_candidate_that_tuning_may_choose_gives_the_same(report_o
 
 
 @pytest.mark.gpu
+@pytest.mark.timeout(1000)
 @pytest.mark.parametrize("name", ["exact values", "hidden rows", "masked keys", "no graph break", "other items"])
 def test_on_a_gpu_what_holds_of_every_input_holds(report_of_gpu: Report, name: str) -> None:
     assert_all_true(report_of_gpu[name])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +23,7 @@ from triton.runtime.errors import OutOfResources
 from cs336_systems.attention import flash_tuning
 from cs336_systems.attention.flash_launch import Problem
 from cs336_systems.attention.flash_tiles import KERNELS, Kernel, Tiles
-from cs336_systems.attention.flash_tuning import chosen, find, key_of, known_tiles, tune, winners_file
+from cs336_systems.attention.flash_tuning import chosen, find, key_of, known_tiles, representative, tune, winners_file
 
 pytestmark = pytest.mark.problem("flash_forward")
 
@@ -265,9 +266,25 @@ def test_problems_of_one_class_share_a_winner(machine: Machine, near: dict[str, 
 
 
 def test_tiles_are_not_timed_on_a_cpu() -> None:
-    x = torch.zeros(1, 1, 16, 16)
     with pytest.raises(UserError, match="timed on a CUDA device, found inputs on cpu"):
-        tune(x, x, x, None, "ieee", timer=lambda _: 1.0)
+        tune(dataclasses.replace(PROBLEM, device=torch.device("cpu")), timer=lambda _: 1.0)
+
+
+def test_what_is_timed_stands_for_its_class_and_is_of_it() -> None:
+    for queries, keys, heads in itertools.product((1, 128, 512, 513, 4096, 4097, 65_536), (7, 5000), (1, 7, 8, 33)):
+        problem = dataclasses.replace(PROBLEM, queries=queries, keys=keys, heads=heads, key_heads=1, batch=1)
+        stands = representative(problem)
+        assert key_of("forward", stands) == key_of("forward", problem)
+        assert representative(stands) == stands
+        assert stands.queries == stands.keys <= 16_384
+
+
+def test_a_fault_of_a_kernel_is_no_refusal_of_its_tiles() -> None:
+    def at_fault(_: object) -> float:
+        raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        flash_tuning.fastest("forward", lambda _: None, (Tiles(64, 64, 4, 2),), at_fault)
 
 
 @pytest.mark.gpu

@@ -60,6 +60,7 @@ def test_it_takes_the_rung(climbing: str, rung: Rung, pytestconfig: pytest.Confi
 
 
 @pytest.mark.gpu
+@pytest.mark.timeout(1000)
 @pytest.mark.parametrize("name", ON_A_GPU)
 def test_on_a_gpu_the_kernels_climb_to_the_top(name: str) -> None:
     failed = {o.rung.name: o.text for o in climb(resolve_attention(name), "cuda") if o.status == "failed"}

@@ -183,6 +183,21 @@ def test_a_case_that_fits_whole_with_more_memory_is_settled_from_then_on(
     assert run(cases("ok"), store).counts == {"reused": 1}
 
 
+def test_a_case_of_which_a_part_failed_is_told_as_failed_and_measured_again(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = {"one": {"status": "ok", "reason": None}, "other": {"status": "failed", "reason": "ValueError: x"}}
+    with monkeypatch.context() as patch:
+        patch.setattr(toy_experiment, "measure", lambda *_: Measurement({"toy_ms": [1.0]}, dict(parts)))
+        outcome = run(cases("ok"), store)
+        assert [record.failures for record in outcome.failed] == [["other: ValueError: x"]]
+        assert outcome.records[0].measurement.samples == {"toy_ms": [1.0]}
+    outcome = run(cases("ok"), store)
+    assert outcome.counts == {"ok": 1, "reused": 0}
+    assert outcome.failed == []
+    assert run(cases("ok"), store).counts == {"reused": 1}
+
+
 def test_the_memory_of_the_case_before_is_given_back_before_the_next_asks_how_much_there_is(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -349,8 +349,9 @@ def test_on_a_gpu_a_round_is_every_phase_of_each_in_turn_and_only_one_has_graphs
     order: list[str] = []
     clock = iter(range(100))
 
-    def benched(call: Callable[[], object]) -> float:
+    def benched(call: Callable[[], object], prepare: Callable[[], object] = lambda: None) -> float:
         for _ in range(3):
+            prepare()
             call()
         owners = {name for name, graph in graphs if graph() is not None}
         assert len(owners) <= 1
@@ -359,10 +360,11 @@ def test_on_a_gpu_a_round_is_every_phase_of_each_in_turn_and_only_one_has_graphs
 
     monkeypatch.setattr(flash_benchmarking, "benched_ms", benched)
     samples = time_on_gpu(contenders, 2, lambda: order.append("|"))
-    assert "".join(order) == "aaabbb|aaabbb|"
+    assert "".join(order) == "aaabbb|bbbaaa|"
     assert list(samples) == [f"{name} {phase}_ms" for name in "ab" for phase in PHASES]
-    assert [samples[f"a {phase}_ms"] for phase in PHASES] == [[0.0, 6.0], [1.0, 7.0], [2.0, 8.0]]
-    assert [samples[f"b {phase}_ms"] for phase in PHASES] == [[3.0, 9.0], [4.0, 10.0], [5.0, 11.0]]
+    # Each round begins with another.
+    assert [samples[f"a {phase}_ms"] for phase in PHASES] == [[0.0, 9.0], [1.0, 10.0], [2.0, 11.0]]
+    assert [samples[f"b {phase}_ms"] for phase in PHASES] == [[3.0, 6.0], [4.0, 7.0], [5.0, 8.0]]
     assert all(graph() is None for _, graph in graphs)
     assert all(leaf.grad is None for leaf in contenders[0].inputs.leaves)
 
@@ -373,9 +375,14 @@ def test_on_a_gpu_forward_is_timed_with_its_graph_backward_without_forward_and_b
     contenders, graphs = watched_contenders(["a"])
     seen: list[tuple[int, str]] = []
 
-    def benched(call: Callable[[], Any]) -> float:
-        before = len(graphs)
-        results = [call() for _ in range(3)]
+    def benched(call: Callable[[], Any], prepare: Callable[[], object] | None = None) -> float:
+        results, made = [], 0
+        for _ in range(3):
+            if prepare is not None:
+                prepare()
+            before = len(graphs)
+            results.append(call())
+            made += len(graphs) - before
         kind = "output" if isinstance(results[-1], Tensor) else "gradients"
         if kind == "output":
             assert results[-1].requires_grad
@@ -383,7 +390,7 @@ def test_on_a_gpu_forward_is_timed_with_its_graph_backward_without_forward_and_b
             expected = float64_autograd(tiny())[1:]
             for found, exact in zip(results[-1], expected, strict=True):
                 torch.testing.assert_close(found.double(), exact, rtol=1e-3, atol=1e-5)
-        seen.append((len(graphs) - before, kind))
+        seen.append((made, kind))
         return 1.0
 
     monkeypatch.setattr(flash_benchmarking, "benched_ms", benched)
@@ -394,7 +401,8 @@ def test_on_a_gpu_forward_is_timed_with_its_graph_backward_without_forward_and_b
 def test_on_a_gpu_one_that_fails_while_it_is_timed_leaves_the_others_in(monkeypatch: pytest.MonkeyPatch) -> None:
     contenders, graphs = watched_contenders(["a", "b"])
 
-    def benched(call: Callable[[], object]) -> float:
+    def benched(call: Callable[[], object], prepare: Callable[[], object] = lambda: None) -> float:
+        prepare()
         call()
         if len(graphs) == 8:
             raise RuntimeError("CUDA out of memory")
@@ -402,19 +410,21 @@ def test_on_a_gpu_one_that_fails_while_it_is_timed_leaves_the_others_in(monkeypa
 
     monkeypatch.setattr(flash_benchmarking, "benched_ms", benched)
     samples = time_on_gpu(contenders, 3, lambda: None)
-    assert [contender.status for contender in contenders] == ["oom", "ok"]
-    assert all(len(samples[f"b {phase}_ms"]) == 3 for phase in PHASES)
+    # The eighth graph is that of the second contender, with which the second round begins.
+    assert [contender.status for contender in contenders] == ["ok", "oom"]
+    assert all(len(samples[f"a {phase}_ms"]) == 3 for phase in PHASES)
 
 
 @pytest.mark.slow
-def test_the_compiled_form_is_timed_call_after_call_on_one_graph_as_on_a_gpu() -> None:
+def test_the_compiled_form_is_timed_call_after_call_as_on_a_gpu() -> None:
     """In a fresh process: the checks of shapes that tests put around the reference are not for the compiler."""
     program = """
 import json
 from cs336_systems.experiments import flash_benchmarking
 
-def benched(call):
+def benched(call, prepare=lambda: None):
     for _ in range(3):
+        prepare()
         call()
     return 1.0
 

@@ -338,8 +338,8 @@ def test_the_published_roofline_is_told_in_the_words_that_its_numbers_bear_out()
     assert (bound.holds, not_bound.holds) == (True, False)
     assert "at length 16,384 as 50 ms" in str(bound)
     assert "takes 40 ms, 80 % of that, and the products of the whole matrix 1.6 to 13 ms" in str(bound)
-    assert "bandwidth sets eager attention's time" in str(bound)
-    assert "at the largest head dimension the products take longer" in str(not_bound)
+    assert "most of eager attention's time is traffic" in str(bound)
+    assert "traffic alone does not explain eager attention's time" in str(not_bound)
 
 
 def test_the_real_published_roofline_is_told_with_the_numbers_of_its_table(store: Store) -> None:

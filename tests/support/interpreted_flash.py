@@ -21,6 +21,7 @@ import torch
 from float64_attention import Results, float64_attention, largest_error, materialised_errors
 from torch import Tensor
 
+from cs336_systems.attention import flash_launch
 from cs336_systems.attention.flash_launch import (
     Problem,
     launch_delta,
@@ -252,6 +253,15 @@ def properties(device: str) -> dict[str, Callable[[], Any]]:
         before, after = run(inputs, "no mask"), run(tuple(changed), "no mask")
         return [torch.equal(*(x[:, : x.shape[1] // 2] for x in pair)) for pair in zip(before, after, strict=True)]
 
+    def parts() -> list[bool]:
+        """As where batch and heads are more than a grid has room for."""
+        whole, most = run(inputs, "top-left"), flash_launch.MOST_ITEMS
+        flash_launch.MOST_ITEMS = inputs[0].shape[1]
+        try:
+            return [len(flash_launch.parts_of_batch(inputs[0])) > 1, *same_bits(run(inputs, "top-left"), whole)]
+        finally:
+            flash_launch.MOST_ITEMS = most
+
     def masked_keys() -> list[bool]:
         long = drawn(case._replace(lengths=(33, 150), heads=None), device)
         changed = [x.clone() for x in long]
@@ -318,7 +328,7 @@ def properties(device: str) -> dict[str, Callable[[], Any]]:
         found = run(given, "lower-right")
         query, key, value, grad = given
         arguments = (query, key, value, found.output, found.logsumexp, grad, 7)
-        pairs = zip(compiled_backward()(*arguments), recomputed_backward(*arguments), strict=True)
+        pairs = zip(compiled_backward(*arguments), recomputed_backward(*arguments), strict=True)
         return [torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in pairs]
 
     def refusal(*inputs: Tensor, arguments: tuple[Any, ...] = ()) -> Callable[[], str]:
@@ -336,6 +346,7 @@ def properties(device: str) -> dict[str, Callable[[], Any]]:
         "a second run": second_run,
         "other items": other_items,
         "other heads": other_heads,
+        "parts of the batch": parts,
         "masked keys": masked_keys,
         "hidden rows": hidden_rows,
         "the model's form": model_form,
