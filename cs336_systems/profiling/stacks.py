@@ -1,0 +1,158 @@
+"""Stack traces of allocations: which line of the user's code made one, and what one call of a block leaves behind.
+
+A snapshot's stack has Python's frames and, where they were recorded, C++'s, from the innermost out. The line that an
+allocation is put down to is the innermost Python frame outside of installed packages, of the standard library and of
+generated code; failing that, outside of PyTorch; failing that, any Python frame. The backward pass runs on a thread of
+the autograd engine that has no Python frames: there it is the innermost node of the graph by name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+UNKNOWN = "(no stack trace)"
+
+_INSTALLED = re.compile(
+    r"[/\\](?:site|dist)-packages[/\\]|[/\\]lib[/\\]python3[^/\\]*[/\\]|torchinductor_|^<(?:frozen|string|eval_with_key)"
+)
+_TORCH = re.compile(r"[/\\](?:torch|triton)[/\\]")
+_NODE = re.compile(r"\b(\w+Backward\w*)\b")
+
+
+class Frame(NamedTuple):
+    """One function call on a stack."""
+
+    name: str
+    filename: str
+    line: int
+
+    def __str__(self) -> str:
+        """`file:line function`, the file without its folders."""
+        return f"{short_name(self.filename)}:{self.line} {self.name}"
+
+
+Stack = tuple[Frame, ...]
+"""From the innermost frame out."""
+
+
+def short_name(filename: str) -> str:
+    """A file without its folders.
+
+    >>> short_name("/work/package/model.py")
+    'model.py'
+    """
+    return re.split(r"[/\\]", filename)[-1]
+
+
+def is_python(frame: Frame) -> bool:
+    """Whether a frame is Python's; C++ has no file or one of its own."""
+    return frame.filename.endswith(".py") or frame.filename.startswith("<")
+
+
+@lru_cache(maxsize=2**16)
+def is_users(frame: Frame) -> bool:
+    """Whether a frame is Python's and outside of installed packages, the standard library and generated code."""
+    return is_python(frame) and not _INSTALLED.search(frame.filename)
+
+
+def user_frames(stack: Stack) -> Stack:
+    """The frames of the user's own code, from the innermost out."""
+    return tuple(filter(is_users, stack))
+
+
+def place_of(stack: Stack) -> str:
+    """The line that an allocation is put down to."""
+    if not stack:
+        return UNKNOWN
+    if mine := next(filter(is_users, stack), None):
+        return str(mine)
+    if python := [frame for frame in stack if is_python(frame)]:
+        return str(next((frame for frame in python if not _TORCH.search(frame.filename)), python[0]))
+    for frame in stack:
+        if node := _NODE.search(frame.name):
+            return f"autograd: {node[1]}"
+    return "autograd engine" if any("autograd" in frame.name for frame in stack) else "(C++ alone)"
+
+
+def matches(stack: Stack, text: str) -> bool:
+    """Whether a frame's `path:line function` has `text` in it."""
+    return any(text in f"{frame.filename}:{frame.line} {frame.name}" for frame in stack)
+
+
+# One call of a block -------------------------------------------------------------------------------------------
+
+
+class Saved(NamedTuple):
+    """What one call of a function that is called again and again leaves allocated."""
+
+    function: str
+    """`file function`."""
+    called_from: str
+    calls: int
+    alike: int
+    """How many of the calls left the same."""
+    allocations: tuple[int, ...]
+    """One such call's, in the order given."""
+
+
+def saved_by_one_block(stacks: Sequence[Stack], sizes: Sequence[int]) -> Saved | None:
+    """The outermost function that one line calls again and again, each call leaving the same allocations.
+
+    `stacks` are the user's frames of allocations, from the innermost out, in the order of the allocations' birth. A
+    stack does not tell one call from the next, but time does: within one call the function's own line goes forward, and
+    where it goes back a new call has begun. So a Transformer's block is found whose forward has several lines that
+    leave something; one written in a single line, or with a loop inside, is not.
+    """
+    # From the outermost frame in: allocations that share the way so far, which ends at the frame given.
+    ways: list[tuple[Frame | None, list[int]]] = [(None, list(range(len(stacks))))]
+    depth = 0
+    while ways:
+        depth += 1
+        found: list[Saved] = []
+        deeper: list[tuple[Frame | None, list[int]]] = []
+        for caller, members in ways:
+            inside = [index for index in members if len(stacks[index]) >= depth]
+            by_function: defaultdict[tuple[str, str], list[int]] = defaultdict(list)
+            by_frame: defaultdict[Frame, list[int]] = defaultdict(list)
+            for index in inside:
+                frame = stacks[index][-depth]
+                by_function[frame.filename, frame.name].append(index)
+                by_frame[frame].append(index)
+            deeper += [(frame, sharing) for frame, sharing in by_frame.items() if len(sharing) > 1]
+            if caller is not None:
+                repeated = (_repeated(caller, stacks, sizes, called, depth) for called in by_function.values())
+                found += [saved for saved in repeated if saved is not None]
+        if found:
+            return max(found, key=lambda saved: saved.alike * sum(sizes[index] for index in saved.allocations))
+        ways = deeper
+    return None
+
+
+def _repeated(
+    caller: Frame, stacks: Sequence[Stack], sizes: Sequence[int], members: list[int], depth: int
+) -> Saved | None:
+    """The calls of a function that made `members`, if at least two of them left the same."""
+    calls: list[list[int]] = []
+    before = None
+    for index in members:
+        line = stacks[index][-depth].line
+        if before is None or line < before:
+            calls.append([])
+        calls[-1].append(index)
+        before = line
+    kinds = [tuple(sorted((sizes[index], stacks[index]) for index in call)) for call in calls]
+    kind, alike = Counter(kinds).most_common(1)[0]
+    if alike < 2:
+        return None
+    function = stacks[members[0]][-depth]
+    return Saved(
+        function=f"{short_name(function.filename)} {function.name}",
+        called_from=str(caller),
+        calls=len(calls),
+        alike=alike,
+        allocations=tuple(calls[kinds.index(kind)]),
+    )

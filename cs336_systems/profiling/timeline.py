@@ -1,0 +1,275 @@
+"""What is live at each moment: from a list of bytes that came and went to the bands of a drawn timeline.
+
+    timeline = timeline_of_changes([Change(0, 512, "linear"), Change(5, -512, "linear")])
+    timeline.peak_bytes, bands(timeline, most=200)
+
+Where the changes come from does not matter: the events of a CUDA memory snapshot, or the memory events of PyTorch's
+profiler on a CPU. An allocation is a band from its birth to its end, which lies upon those that were there before it
+and sinks when one of them is freed, as in PyTorch's memory_viz.
+
+Source: torch/utils/viz/MemoryViz.js (process_alloc_data), which lays out the page at pytorch.org/memory_viz.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+Integers = NDArray[np.int64]
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """Bytes that came (positive) or went (negative) at a time, of whatever is called `name`."""
+
+    time_us: float
+    bytes: int
+    name: str
+    address: int | None = None
+    """Tells which allocation is freed; without it, the youngest of that name and size is."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """A named stretch of time; its end is None where it was still open. Phases within it are deeper."""
+
+    name: str
+    start_us: float
+    end_us: float | None
+    depth: int = 0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Timeline:
+    """Every change in order, and every allocation by the changes that it begins and ends with."""
+
+    time_us: NDArray[np.float64]
+    """Of every change."""
+    change: Integers
+    """Bytes, positive or negative."""
+    start_bytes: int
+    """What was live before the first change."""
+    birth: Integers
+    """Of every allocation: the change that made it."""
+    death: Integers
+    """The change that freed it; the number of changes where none did."""
+    label: NDArray[np.integer]
+    """Its name, as an index into `labels`."""
+    labels: tuple[str, ...]
+    unmatched: Integers
+    """Changes that free what no change has made: it was there before."""
+    phases: tuple[Phase, ...] = ()
+
+    @cached_property
+    def total(self) -> Integers:
+        """Bytes live after each change."""
+        return self.start_bytes + np.cumsum(self.change)
+
+    @cached_property
+    def before(self) -> Integers:
+        """Of these, what was there before the first change."""
+        freed = np.zeros(len(self.change), dtype=np.int64)
+        freed[self.unmatched] = self.change[self.unmatched]
+        return self.start_bytes + np.cumsum(freed)
+
+    @cached_property
+    def size(self) -> Integers:
+        """Bytes of every allocation."""
+        return self.change[self.birth]
+
+    @cached_property
+    def peak_index(self) -> int:
+        """The change after which most is live for the first time; -1 where that is before the first."""
+        if not len(self.change) or self.total.max() <= self.start_bytes:
+            return -1
+        return int(np.argmax(self.total))
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most bytes that were ever live."""
+        return self.start_bytes if self.peak_index < 0 else int(self.total[self.peak_index])
+
+    @property
+    def peak_ms(self) -> float:
+        """When the peak was reached, from the first change on."""
+        return 0.0 if self.peak_index < 0 else self.milliseconds(self.time_us[self.peak_index])
+
+    @property
+    def before_at_peak(self) -> int:
+        """What of the peak was there before the first change."""
+        return self.start_bytes if self.peak_index < 0 else int(self.before[self.peak_index])
+
+    def milliseconds(self, time_us: float) -> float:
+        """A moment as drawn, counted from the first change."""
+        return (float(time_us) - float(self.time_us[0])) / 1000
+
+    def live_at_peak(self) -> Integers:
+        """The allocations that are live at the peak, in the order of their birth."""
+        peak = self.peak_index
+        return np.flatnonzero((self.birth <= peak) & (self.death > peak))
+
+    def phases_at(self, time_us: float) -> list[Phase]:
+        """The phases that are open at a moment, from the outermost in."""
+        found = [phase for phase in self.phases if phase.start_us <= time_us <= (phase.end_us or float("inf"))]
+        return sorted(found, key=lambda phase: phase.depth)
+
+
+def timeline_of_changes(
+    changes: Iterable[Change], *, start_bytes: int | None = None, phases: Sequence[Phase] = ()
+) -> Timeline:
+    """The timeline of changes in order of time; without `start_bytes` as much as it takes to stay above zero."""
+    ordered = sorted(changes, key=lambda change: change.time_us)
+    numbers: defaultdict[object, list[int]] = defaultdict(list)
+    keys = np.zeros(len(ordered), dtype=np.uint64)
+    for index, change in enumerate(ordered):
+        key = change.address if change.address is not None else (change.name, abs(change.bytes))
+        if change.bytes > 0:
+            numbers[key].append(index)
+        # What nothing has made gets a number that nothing else has.
+        keys[index] = index if change.bytes > 0 or not numbers[key] else numbers[key].pop()
+    labels = tuple(dict.fromkeys(change.name for change in ordered))
+    places = {name: index for index, name in enumerate(labels)}
+    return paired_timeline(
+        time_us=np.array([change.time_us for change in ordered], dtype=np.float64),
+        change=np.array([change.bytes for change in ordered], dtype=np.int64),
+        keys=keys,
+        label=np.array([places[change.name] for change in ordered], dtype=np.int64),
+        labels=labels,
+        start_bytes=start_bytes,
+        phases=phases,
+    )
+
+
+def paired_timeline(
+    *,
+    time_us: NDArray[np.float64],
+    change: Integers,
+    keys: NDArray[np.uint64],
+    label: NDArray[np.integer],
+    labels: Sequence[str],
+    start_bytes: int | None,
+    phases: Sequence[Phase] = (),
+) -> Timeline:
+    """The timeline of columns with one entry per change; a change is undone by the next one with the same key.
+
+    Columns, because a trace may have tens of millions of changes.
+    """
+    births = change > 0
+    order = np.argsort(keys, kind="stable")
+    same = keys[order[1:]] == keys[order[:-1]]
+    ends = np.full(len(change), len(change), dtype=np.int64)
+    ends[order[:-1][same]] = order[1:][same]
+    # A change frees what the one before it made, if there is one of the same key and it made something.
+    frees = np.zeros(len(change), dtype=bool)
+    frees[order[1:][same]] = births[order[:-1][same]]
+    if start_bytes is None:
+        start_bytes = max(0, -int(np.cumsum(change).min(initial=0)))
+    birth = np.flatnonzero(births)
+    return Timeline(
+        time_us=time_us,
+        change=change,
+        start_bytes=start_bytes,
+        birth=birth,
+        death=ends[birth],
+        label=label[birth],
+        labels=tuple(labels),
+        unmatched=np.flatnonzero(~births & ~frees),
+        phases=tuple(phases),
+    )
+
+
+# Drawing -------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Band:
+    """One allocation as it is drawn: from each moment on, how many bytes lie below it."""
+
+    allocation: int
+    bytes: int
+    label: str
+    start_ms: tuple[float, ...]
+    below: tuple[int, ...]
+    end_ms: float
+
+    def outline(self) -> list[tuple[float, float]]:
+        """The corners of its polygon: along the lower edge, back along the upper."""
+        edge = []
+        for start, end, below in zip(self.start_ms, (*self.start_ms[1:], self.end_ms), self.below, strict=True):
+            edge += [(start, float(below)), (end, float(below))]
+        return edge + [(time, height + self.bytes) for time, height in reversed(edge)]
+
+
+def bands(timeline: Timeline, most: int) -> list[Band]:
+    """The `most` allocations that take the largest areas (bytes by time), stacked in the order of their birth.
+
+    The others are to be drawn above them all, as the rest up to the total: small allocations come and go by the
+    thousand, and from below would shake everything.
+    """
+    if not len(timeline.change):
+        return []
+    times = np.append(timeline.time_us, timeline.time_us[-1])
+    area = timeline.size * (times[timeline.death] - times[timeline.birth])
+    chosen = np.sort(np.argsort(-area, kind="stable")[:most])
+    changes = [(int(timeline.birth[index]), 1, int(index)) for index in chosen]
+    changes += [
+        (int(timeline.death[index]), 0, int(index)) for index in chosen if timeline.death[index] < len(times) - 1
+    ]
+    freed = [(int(index), 0, -1) for index in timeline.unmatched]
+    stack: list[int] = []
+    height, last = timeline.start_bytes, timeline.milliseconds(times[-1])
+    starts: dict[int, list[float]] = {}
+    below: dict[int, list[int]] = {}
+    ends: dict[int, float] = {}
+    for at, is_birth, index in sorted(changes + freed):
+        now = timeline.milliseconds(times[at])
+        if is_birth:
+            stack.append(index)
+            starts[index], below[index] = [now], [height]
+            height += int(timeline.size[index])
+            continue
+        if index < 0:
+            lost, place = -int(timeline.change[at]), 0
+        else:
+            lost, place = int(timeline.size[index]), stack.index(index)
+            ends[index] = now
+            del stack[place]
+        height -= lost
+        for above in stack[place:]:
+            starts[above].append(now)
+            below[above].append(below[above][-1] - lost)
+    return [
+        Band(
+            allocation=int(index),
+            bytes=int(timeline.size[index]),
+            label=timeline.labels[int(timeline.label[index])],
+            start_ms=tuple(starts[int(index)]),
+            below=tuple(below[int(index)]),
+            end_ms=ends.get(int(index), last),
+        )
+        for index in chosen
+    ]
+
+
+def thinned(timeline: Timeline, most: int = 4000) -> tuple[list[float], list[int], list[int]]:
+    """Milliseconds, total and what was there before, as steps; of many changes the highest of each stretch of time."""
+    if not len(timeline.change):
+        return [0.0], [timeline.start_bytes], [timeline.start_bytes]
+    kept = np.arange(len(timeline.change))
+    if len(kept) > most:
+        span = float(timeline.time_us[-1] - timeline.time_us[0]) or 1.0
+        stretch = ((timeline.time_us - timeline.time_us[0]) / span * (most - 1)).astype(np.int64)
+        order = np.lexsort((timeline.total, stretch))
+        last = np.append(stretch[order][1:] != stretch[order][:-1], True)
+        kept = np.unique(np.append(order[last], [0, len(kept) - 1]))
+    times = [timeline.milliseconds(time) for time in timeline.time_us[kept]]
+    return (
+        [times[0], *times],
+        [timeline.start_bytes, *(int(total) for total in timeline.total[kept])],
+        [timeline.start_bytes, *(int(before) for before in timeline.before[kept])],
+    )
