@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from cs336_systems.attention.backends import resolve_attention
 from cs336_systems.errors import UserError, unknown_name
 from cs336_systems.object_reference import load_object
+from cs336_systems.profiling.ranges import named_range
 
 RopeYear = Literal["2025", "2026"]
 Formulation = Literal["reference", "fused"]
@@ -254,8 +255,10 @@ class TransformerBlock(nn.Module):
         self.ffn = SwiGLU(config.d_model, config.d_ff, formulation)
 
     def forward(self, x: Float[Tensor, "batch seq d_model"]) -> Float[Tensor, "batch seq d_model"]:
-        x = x + self.attn(self.ln1(x))
-        return x + self.ffn(self.ln2(x))
+        with named_range("attention"):
+            x = x + self.attn(self.ln1(x))
+        with named_range("feed-forward"):
+            return x + self.ffn(self.ln2(x))
 
 
 class TransformerLM(nn.Module):
@@ -300,9 +303,11 @@ class TransformerLM(nn.Module):
                 f"{tokens.shape[-1]} tokens are more than the model's context_length {self.config.context_length}"
             )
         x = self.token_embeddings(tokens)
-        for layer in self.layers:
-            x = layer(x)
-        return self.lm_head(self.ln_final(x))
+        for index, layer in enumerate(self.layers):
+            with named_range("block", index):
+                x = layer(x)
+        with named_range("logits"):
+            return self.lm_head(self.ln_final(x))
 
 
 def check_choices(rope: str, formulation: str) -> None:

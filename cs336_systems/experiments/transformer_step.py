@@ -39,6 +39,7 @@ from cs336_systems.errors import UserError, unknown_name
 from cs336_systems.loss import FORMULATIONS as LOSSES
 from cs336_systems.model import SIZES, TransformerConfig, build_model, check_choices, model_size
 from cs336_systems.optimizer import build_optimizer
+from cs336_systems.profiling.ranges import named_range
 
 DTYPES = ("float32", "bfloat16", "float16")
 AUTOCAST = ("none", "bfloat16", "float16")
@@ -274,19 +275,24 @@ def build_step(case: Case) -> Callable[[], object]:
             return contextlib.nullcontext()
         return torch.autocast(case.device, dtype=getattr(torch, case.autocast))
 
-    def forward() -> object:
-        with autocast():
-            return forward_model(tokens)
+    def forward() -> torch.Tensor:
+        with autocast(), named_range("forward"):
+            logits: torch.Tensor = forward_model(tokens)
+            return logits
 
     def forward_backward() -> None:
         optimizer.zero_grad(set_to_none=True)
-        with autocast():
-            loss = cross_entropy(forward_model(tokens), targets)
-        loss.backward()
+        logits = forward()
+        with autocast(), named_range("loss"):
+            loss = cross_entropy(logits, targets)
+        del logits  # the graph keeps what backward needs
+        with named_range("backward"):
+            loss.backward()
 
     def step() -> None:
         forward_backward()
-        optimizer.step()
+        with named_range("optimizer"):
+            optimizer.step()
 
     return {"forward": forward, "forward-backward": forward_backward, "step": step}[case.phase]
 

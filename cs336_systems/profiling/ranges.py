@@ -1,11 +1,13 @@
 """Named ranges for profilers, inside the code that is measured, free while nobody records them.
 
     with record_ranges():
-        attention(query, key, value, is_causal=True)   # scores, softmax and value product show by name
+        model(tokens)   # shows as block 0, attention, scores, softmax, value product, feed-forward, block 1, …
 
-A range is one of NVTX, which Nsight Systems shows, where CUDA is, and one of PyTorch's profiler. While ranges are off,
-and always under `torch.compile`, which would break its graph at them, `named_range` gives one object that does
-nothing.
+A range is one of NVTX, which Nsight Systems shows, and one of PyTorch's profiler. While ranges are off, and always
+under `torch.compile`, which would break its graph at them, `named_range` gives one object that does nothing.
+
+NVTX is the package of that name: without a tool attached its ranges cost a call each, and no CUDA is needed for them.
+It has no wheel for macOS, where no tool could listen; there PyTorch's profiler alone sees the ranges.
 
 Source: NVTX 3; CS336 assignment 2, section 1.1.4.
 """
@@ -13,8 +15,10 @@ Source: NVTX 3; CS336 assignment 2, section 1.1.4.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from contextvars import ContextVar
+from types import ModuleType
 
 import torch
 
@@ -32,21 +36,32 @@ def record_ranges(recording: bool = True) -> Iterator[None]:
         _recording.reset(token)
 
 
-def named_range(name: str) -> contextlib.AbstractContextManager[None]:
-    """A range called `name`, if ranges are recorded."""
+def named_range(name: str, index: int | None = None) -> contextlib.AbstractContextManager[None]:
+    """A range called `name`, or `name index`, if ranges are recorded."""
     if torch.compiler.is_compiling() or not _recording.get():
         return _NOTHING
-    return _recorded_range(name)
+    return _recorded_range(name if index is None else f"{name} {index}")
 
 
 @contextlib.contextmanager
 def _recorded_range(name: str) -> Iterator[None]:
+    nvtx = _nvtx()
     with torch.profiler.record_function(name):
-        if not torch.cuda.is_available():
+        if nvtx is None:
             yield
             return
-        torch.cuda.nvtx.range_push(name)
+        nvtx.push_range(name)
         try:
             yield
         finally:
-            torch.cuda.nvtx.range_pop()
+            nvtx.pop_range()
+
+
+@functools.cache
+def _nvtx() -> ModuleType | None:
+    try:
+        import nvtx
+    except ImportError:
+        return None
+    module: ModuleType = nvtx
+    return module

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from cs336_systems.attention.reference import attention
+from cs336_systems.experiments import transformer_step
+from cs336_systems.profiling import ranges
 from cs336_systems.profiling.ranges import named_range, record_ranges
 
 PARTS = ["scores", "softmax", "value product"]
+BLOCK = ["attention", *PARTS, "feed-forward"]
 
 
 def inputs() -> list[Tensor]:
@@ -28,6 +31,60 @@ def names_profiled(recording: bool) -> list[str]:
 
 
 def test_the_parts_of_attention_show_in_a_profile_in_their_order() -> None:
+    assert names_profiled(recording=True) == PARTS
+
+
+def names_of_a_step(recording: bool) -> list[str]:
+    """The ranges of a training step of a model of two blocks, in order."""
+    (cell,) = transformer_step.grid(contexts={"tiny": [16]}, phases=["step"], device="cpu")
+    step = transformer_step.build_step(cell.case)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile, record_ranges(recording):
+        step()
+    known = {"forward", "loss", "backward", "optimizer", "logits", "block 0", "block 1", *BLOCK}
+    events = sorted(profile.events(), key=lambda event: event.time_range.start)
+    return [event.name for event in events if event.name in known]
+
+
+def test_a_step_shows_its_phases_its_blocks_and_their_parts_in_order() -> None:
+    forward = ["forward", "block 0", *BLOCK, "block 1", *BLOCK, "logits"]
+    assert names_of_a_step(recording=True) == [*forward, "loss", "backward", "optimizer"]
+
+
+def test_a_step_that_is_not_recorded_calls_neither_profiler_nor_nvtx(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(ranges, "_recorded_range", lambda name: calls.append(name))
+    assert names_of_a_step(recording=False) == []
+    assert calls == []
+
+
+class CountingNvtx:
+    """Stands for the package of that name."""
+
+    def __init__(self) -> None:
+        self.open: list[str] = []
+        self.seen: list[str] = []
+
+    def push_range(self, name: str) -> None:
+        self.open.append(name)
+        self.seen.append("/".join(self.open))
+
+    def pop_range(self) -> None:
+        self.open.pop()
+
+
+def test_nvtx_sees_the_same_ranges_nested_and_closed_also_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    nvtx = CountingNvtx()
+    monkeypatch.setattr(ranges, "_nvtx", lambda: nvtx)
+    with record_ranges(), named_range("block", 3):
+        attention(*inputs(), is_causal=True)
+        with pytest.raises(ValueError, match="on purpose"), named_range("fails"):
+            raise ValueError("on purpose")
+    assert nvtx.seen == ["block 3", *(f"block 3/{part}" for part in PARTS), "block 3/fails"]
+    assert nvtx.open == []
+
+
+def test_without_the_package_the_profiler_alone_sees_the_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranges, "_nvtx", lambda: None)
     assert names_profiled(recording=True) == PARTS
 
 
