@@ -91,10 +91,23 @@ def noisy_cases(line: str) -> set[str]:
     return set(line.partition(": ")[2].split("; "))
 
 
+def untimed_rows(line: str) -> tuple[str, set[str], str] | None:
+    """Status, rows and reason of a note on rows without a time: "oom: a at d 16; b at d 16: `why`"."""
+    found = re.fullmatch(r"(oom|skipped|failed): (.*?): (`.*`)", line)
+    return (found[1], set(found[2].split("; ")), found[3]) if found else None
+
+
 def is_told_of_what_is_left(line: str) -> bool:
-    """Whether a note lists part of the noisy cases that the base lists, and none besides."""
-    known = [each for each in prose(base()) if each.startswith("~ noisy")]
-    return line.startswith("~ noisy") and any(noisy_cases(line) < noisy_cases(each) for each in known)
+    """Whether a note lists part of the noisy cases, or of the rows without a time, that the base lists, no others."""
+    if line.startswith("~ noisy"):
+        known = [each for each in prose(base()) if each.startswith("~ noisy")]
+        return any(noisy_cases(line) < noisy_cases(each) for each in known)
+    told = untimed_rows(line)
+    return told is not None and any(
+        (told[0], told[2]) == (each[0], each[2]) and told[1] < each[1]
+        for each in map(untimed_rows, prose(base()))
+        if each is not None
+    )
 
 
 def is_statement_of_a_hole(line: str, experiment: str, machine: str) -> bool:
