@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 
 from cs336_systems.errors import UserError
+from cs336_systems.profiling.ranges import named_range
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +69,8 @@ def time_rounds(
 ) -> dict[str, Timing]:
     """Run all `calls` in their order, once per round, timing each; a call may use what one before it left.
 
+    To a profiler all warm-ups are one range, all measured rounds another, and each call is one by its name within.
+
     `on_round` is called after each round, outside the timed region.
 
     Raises:
@@ -79,13 +82,16 @@ def time_rounds(
     device_ms: dict[str, list[float]] = {name: [] for name in calls}
     with no_garbage_collection():
         synchronize(device)
-        for _ in range(warmup + rounds):
-            for name, call in calls.items():
-                elapsed = _time_on_gpu(call) if device == "cuda" else (_time_on_cpu(call), None)
-                wall_ms[name].append(elapsed[0])
-                if elapsed[1] is not None:
-                    device_ms[name].append(elapsed[1])
-            on_round()
+        for part, count in (("warm-up", warmup), ("measured", rounds)):
+            with named_range(part):
+                for _ in range(count):
+                    for name, call in calls.items():
+                        with named_range(name):
+                            elapsed = _time_on_gpu(call) if device == "cuda" else (_time_on_cpu(call), None)
+                        wall_ms[name].append(elapsed[0])
+                        if elapsed[1] is not None:
+                            device_ms[name].append(elapsed[1])
+                    on_round()
     return {
         name: Timing(tuple(wall[:warmup]), tuple(wall[warmup:]), tuple(device_ms[name][warmup:]))
         for name, wall in wall_ms.items()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cs336_systems.attention.reference import attention
+from cs336_systems.bench.timing import time_steps
 from cs336_systems.experiments import transformer_step
 from cs336_systems.profiling import ranges
 from cs336_systems.profiling.ranges import named_range, record_ranges
@@ -55,6 +56,16 @@ def test_a_step_that_is_not_recorded_calls_neither_profiler_nor_nvtx(monkeypatch
     monkeypatch.setattr(ranges, "_recorded_range", lambda name: calls.append(name))
     assert names_of_a_step(recording=False) == []
     assert calls == []
+
+
+def test_warm_ups_and_measured_steps_are_a_range_each_around_their_steps() -> None:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile, record_ranges():
+        time_steps(lambda: None, warmup=2, steps=1, device="cpu")
+    found = [event for event in profile.events() if event.name in ("warm-up", "measured", "step")]
+    found.sort(key=lambda event: event.time_range.start)
+    assert [event.name for event in found] == ["warm-up", "step", "step", "measured", "step"]
+    warmup, first, second, measured, last = (event.time_range for event in found)
+    assert first.end <= second.start <= second.end <= warmup.end <= measured.start <= last.start <= measured.end
 
 
 class CountingNvtx:
