@@ -251,7 +251,21 @@ def require_memory(case: Case) -> None:
         )
 
 
-def build_step(case: Case) -> Callable[[], object]:
+@dataclasses.dataclass(frozen=True)
+class BuiltStep:
+    """A step that can be run again and again, and what it holds between two runs."""
+
+    run: Callable[[], object]
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    batch: torch.Tensor
+    """Tokens and targets, of shape (2, batch, context)."""
+
+    def __call__(self) -> object:
+        return self.run()
+
+
+def build_step(case: Case) -> BuiltStep:
     """The step of a case: model, batch and optimizer are made here, outside the timed region."""
     with torch.device(case.device):
         model = build_model(
@@ -261,7 +275,8 @@ def build_step(case: Case) -> Callable[[], object]:
             attention=case.attention,
             formulation=case.formulation,  # type: ignore[arg-type]
         ).to(device=case.device, dtype=getattr(torch, case.dtype))
-        tokens, targets = torch.randint(case.vocab_size, (2, case.batch_size, case.context_length))
+        batch = torch.randint(case.vocab_size, (2, case.batch_size, case.context_length))
+    tokens, targets = batch
     if case.model is not None:
         require_logits(case, model, tokens)
     optimizer = build_optimizer(case.optimizer, model.parameters())
@@ -294,7 +309,8 @@ def build_step(case: Case) -> Callable[[], object]:
         with named_range("optimizer"):
             optimizer.step()
 
-    return {"forward": forward, "forward-backward": forward_backward, "step": step}[case.phase]
+    run = {"forward": forward, "forward-backward": forward_backward, "step": step}[case.phase]
+    return BuiltStep(run, model, optimizer, batch)
 
 
 def require_logits(case: Case, model: torch.nn.Module, tokens: torch.Tensor) -> None:
@@ -319,7 +335,7 @@ def bound_ms(case: Case, peaks: Peaks, counted_flops: int | None = None) -> tupl
 
     `counted_flops`: of somebody else's model, whose floor is that of the products it was seen to do.
     """
-    precision = product_precision(case.dtype, case.autocast, case.float32_matmul)
+    precision = precision_of(case)
     unknown = precision not in peaks.matmul_flops_per_s or math.isnan(peaks.bandwidth_bytes_per_s)
     if unknown or (case.model is not None and counted_flops is None):
         return float("nan"), ""
@@ -338,6 +354,11 @@ def bound_ms(case: Case, peaks: Peaks, counted_flops: int | None = None) -> tupl
         skips_masked=case.attention != "reference",
     )
     return floor.seconds * 1e3, floor.limited_by
+
+
+def precision_of(case: Case) -> str:
+    """In which the products of a case run, as a key of `Peaks.matmul_flops_per_s`."""
+    return product_precision(case.dtype, case.autocast, case.float32_matmul)
 
 
 def item_sizes(case: Case) -> dict[str, int]:

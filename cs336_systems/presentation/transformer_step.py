@@ -59,7 +59,7 @@ _PLAIN = {
 def prediction(predicted: pd.DataFrame) -> Table:
     """What every case must do and the least it can take, before anything runs."""
     columns = [
-        *_identity(predicted),
+        *identity(predicted),
         Column("parameters (M)", lambda row: number(row.parameters / 1e6)),
         Column("products (GFLOP)", lambda row: number(row.flops / 1e9)),
         Column("compulsory bytes", lambda row: bytes_in_words(row.bytes)),
@@ -80,13 +80,13 @@ def elsewhere(summary: pd.DataFrame) -> Table | Finding:
         return Finding("No machine has published records of this experiment yet: scripts/publish_records.py publishes.")
     columns = [
         Column("machine", lambda row: row.machine, "left"),
-        *_identity(summary),
+        *identity(summary),
         *_times(),
         _memory(summary),
         *_published(),
     ]
     first = summary.iloc[0]
-    shared = ", ".join([f"batch {first['batch_size']}", *_shared_choices(summary)])
+    shared = ", ".join([f"batch {first['batch_size']}", *shared_choices(summary)])
     return Table.of(summary, columns, caption=f"Time per step by machine: {shared}", notes=notes_below(summary))
 
 
@@ -117,7 +117,7 @@ def _choice(row: Any, name: str) -> str:
     return str(getattr(row, name))
 
 
-def _identity(rows: pd.DataFrame) -> list[Column]:
+def identity(rows: pd.DataFrame) -> list[Column]:
     """The columns that tell cases apart: size, context, phase, and whatever choice is not the same for all."""
     return [
         Column("size", lambda row: row.size, "left"),
@@ -136,7 +136,7 @@ def table(summary: pd.DataFrame) -> Table:
     """Every case: measured, its floor, how far above it, peak memory, and the published times."""
     limits = [limit for limit in summary["bound_by"].unique() if limit] if len(summary) else []
     limit = [Column("set by", lambda row: row.bound_by or MISSING, "left")] if len(limits) > 1 else []
-    columns = [*_identity(summary), *_times(), *limit, _memory(summary), *_published()]
+    columns = [*identity(summary), *_times(), *limit, _memory(summary), *_published()]
     limited = [f"Every floor is set by {limits[0]}."] if len(limits) == 1 else []
     return Table.of(summary, columns, caption=caption(summary), notes=limited + notes_below(summary))
 
@@ -159,12 +159,12 @@ def caption(summary: pd.DataFrame) -> str:
     if not len(summary):
         return "No records"
     first = summary.iloc[0]
-    settings = [circumstances(summary), f"batch {first['batch_size']}", *_shared_choices(summary)]
+    settings = [circumstances(summary), f"batch {first['batch_size']}", *shared_choices(summary)]
     settings.append(f"{first['warmup']} warm-up and {plural(first['steps'], 'measured step')}")
     return f"Time per step: {', '.join(settings)}"
 
 
-def _shared_choices(summary: pd.DataFrame) -> list[str]:
+def shared_choices(summary: pd.DataFrame) -> list[str]:
     """The choices that are the same for all rows and not the plain ones."""
     first = summary.iloc[0]
     return [

@@ -40,11 +40,12 @@ def named_range(name: str, index: int | None = None) -> contextlib.AbstractConte
     """A range called `name`, or `name index`, if ranges are recorded."""
     if torch.compiler.is_compiling() or not _recording.get():
         return _NOTHING
-    return _recorded_range(name if index is None else f"{name} {index}")
+    return recorded_range(name if index is None else f"{name} {index}")
 
 
 @contextlib.contextmanager
-def _recorded_range(name: str) -> Iterator[None]:
+def recorded_range(name: str) -> Iterator[None]:
+    """A range called `name`, whether ranges are recorded or not; for who knows that they are, on whatever thread."""
     nvtx = _nvtx()
     with torch.profiler.record_function(name):
         if nvtx is None:

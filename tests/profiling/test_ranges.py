@@ -53,7 +53,7 @@ def test_a_step_shows_its_phases_its_blocks_and_their_parts_in_order() -> None:
 
 def test_a_step_that_is_not_recorded_calls_neither_profiler_nor_nvtx(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    monkeypatch.setattr(ranges, "_recorded_range", lambda name: calls.append(name))
+    monkeypatch.setattr(ranges, "recorded_range", lambda name: calls.append(name))
     assert names_of_a_step(recording=False) == []
     assert calls == []
 
