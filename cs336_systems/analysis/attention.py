@@ -7,6 +7,7 @@ Symbols: B batch · heads, T length (queries = keys), d head_dim, i bytes per el
     causal                 query t sees t + 1 keys: T (T + 1) / 2 pairs per head
     bytes, any form        forward Q, K, V, O; backward Q, K, V, dO, dQ, dK, dV, each once: 4·B·T·d·i and 7·B·T·d·i
     bytes, materialised    on top, every operator between the products reads and writes matrices of M bytes
+    softmax, materialised  5 per score: comparison for the maximum, subtraction, exp, addition to the sum, division
 
 Of FLOPs per byte, the arithmetic intensity, the materialised form has about 4·d / (14·i) forward, whatever the length.
 Where a tile of scores never leaves the chip it is T / i at most, if Q, K, V and O pass once; tiles of queries that read
@@ -18,6 +19,7 @@ Source: Dao et al. 2022, "FlashAttention", sections 2 and 3; CS336 assignment 2,
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Literal, get_args
 
@@ -32,7 +34,22 @@ _PRODUCTS_RECOMPUTED = MappingProxyType({"forward": 2, "backward": 5})
 # Matrices of scores read and written by the operators of `attention/reference.py` and by their backward, as a test
 # counts them: forward writes scores, scaled, masked, shifted, exponentials, weights, and reads one of them in each of
 # division, where, maximum, subtraction, exp, sum, division and the product with V.
-_MATRICES_MOVED = MappingProxyType({"forward": 14, "backward": 35})
+_MATRICES_MOVED: Mapping[str, Mapping[str, int]] = MappingProxyType(
+    {
+        "scores": MappingProxyType({"forward": 5, "backward": 6}),
+        "softmax": MappingProxyType({"forward": 8, "backward": 27}),
+        "value product": MappingProxyType({"forward": 1, "backward": 2}),
+    }
+)
+# Of Q, K, V, O and their gradients, each once.
+_TENSORS_MOVED: Mapping[str, Mapping[str, int]] = MappingProxyType(
+    {
+        "scores": MappingProxyType({"forward": 2, "backward": 4, "forward-backward": 4}),
+        "softmax": MappingProxyType({"forward": 0, "backward": 0, "forward-backward": 0}),
+        "value product": MappingProxyType({"forward": 2, "backward": 3, "forward-backward": 4}),
+    }
+)
+_SOFTMAX_FLOPS_PER_SCORE = 5
 _MATRICES_AT_PEAK = MappingProxyType({"forward": 4, "forward-backward": 6})
 _MATRICES_AT_PEAK_COMPILED = MappingProxyType({"forward": 2, "forward-backward": 4})  # by PyTorch 2.13's compiler
 _MATRICES_KEPT = 2  # exponentials and weights
@@ -107,10 +124,39 @@ def _parts(phase: str) -> tuple[str, ...]:
 # The materialised form -----------------------------------------------------------------------------------------
 
 
+def traffic_by_part(shape: AttentionShape, phase: str) -> dict[str, int]:
+    """Bytes that the operators of scores, softmax and value product read and write when each goes through memory.
+
+    The parts are the named ranges of `attention/reference.py`; the scaling by √d and the mask belong to the scores.
+    """
+    passes, traffic = _parts(checked_phase(phase)), {}
+    for part, matrices in _MATRICES_MOVED.items():
+        moved = sum(matrices[one] for one in passes) * shape.matrix_bytes
+        traffic[part] = moved + _TENSORS_MOVED[part][phase] * shape.tensor_bytes
+    return traffic
+
+
 def materialised_traffic(shape: AttentionShape, phase: str) -> int:
     """Bytes that the operators of the materialised form read and write when each goes through memory."""
-    matrices = sum(_MATRICES_MOVED[part] for part in _parts(checked_phase(phase)))
-    return matrices * shape.matrix_bytes + least_work(shape, phase).bytes
+    return sum(traffic_by_part(shape, phase).values())
+
+
+def softmax_flops(shape: AttentionShape) -> int:
+    """Operations of a forward softmax over the whole matrix of scores: 5 per score.
+
+    For each a comparison for the maximum, a subtraction, an exponential, an addition to the sum and a division, all
+    counted as one, whatever a processor takes for them.
+    """
+    return _SOFTMAX_FLOPS_PER_SCORE * shape.rows * shape.seq_len
+
+
+def flops_by_part(shape: AttentionShape) -> dict[str, int]:
+    """FLOPs of the materialised form's forward: 2·d per score in both products, 5 in softmax.
+
+    The whole matrix, since what the mask removes is computed all the same.
+    """
+    product = 2 * shape.head_dim * shape.rows * shape.seq_len
+    return {"scores": product, "softmax": softmax_flops(shape), "value product": product}
 
 
 def intensity(shape: AttentionShape, phase: str, *, materialised: bool) -> float:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -23,12 +24,15 @@ from cs336_systems.analysis.attention import (
     AttentionShape,
     checked_phase,
     counted_flops,
+    flops_by_part,
     intensity,
     kept_by_flash,
     kept_for_backward,
     least_work,
     materialised_peak,
     materialised_traffic,
+    softmax_flops,
+    traffic_by_part,
 )
 from cs336_systems.attention import flash, reference
 from cs336_systems.attention.backends import AttentionFunction
@@ -175,6 +179,113 @@ def test_the_traffic_is_that_of_the_matrices_that_operators_are_seen_to_read_and
         assert beyond_tensors == matrices * shape.matrix_bytes
 
 
+def parts_of(shape: AttentionShape) -> dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]]:
+    """Each part of the reference by itself, with its inputs: what `attention/reference.py` names so."""
+    (query, key, value), _ = drawn(shape)
+    root = math.sqrt(shape.head_dim)
+    mask = reference.causal_mask(shape.seq_len, shape.seq_len, query.device)
+
+    def scores(query: Tensor, key: Tensor) -> Tensor:
+        return torch.where(mask, torch.einsum("...qd,...kd->...qk", query, key) / root, float("-inf"))
+
+    def softmax(scores: Tensor) -> Tensor:
+        return reference.softmax(scores, dim=-1)
+
+    def value_product(weights: Tensor, value: Tensor) -> Tensor:
+        return torch.einsum("...qk,...kv->...qv", weights, value)
+
+    given = scores(query, key).detach().requires_grad_()
+    weights = softmax(given).detach().requires_grad_()
+    return {
+        "scores": (scores, (query, key)),
+        "softmax": (softmax, (given,)),
+        "value product": (value_product, (weights, value)),
+    }
+
+
+@pytest.mark.parametrize("sizes", SHAPES)
+def test_the_traffic_of_each_part_is_that_of_the_matrices_that_its_operators_are_seen_to_move(
+    sizes: tuple[int, int, int, int],
+) -> None:
+    shape = shape_of(sizes, is_causal=True)
+    for part, (function, inputs) in parts_of(shape).items():
+        with MatricesMoved(shape.rows * shape.seq_len) as forward:
+            output = function(*inputs)
+        grad = torch.randn(output.shape)
+        with MatricesMoved(shape.rows * shape.seq_len) as backward:
+            gradients = torch.autograd.grad(output, inputs, grad)
+        # What is no matrix of scores is one of Q, K, V, O or a gradient of one, each moved once.
+        read = [tensor for tensor in inputs if tensor.shape[-1] == shape.head_dim]
+        small = [[*read, output], [*read, grad, *gradients]]
+        tensors = [sum(each.shape[-1] == shape.head_dim for each in moved) for moved in small]
+        for phase, matrices, count in zip(("forward", "backward"), (forward, backward), tensors, strict=True):
+            expected = matrices.count * shape.matrix_bytes + count * shape.tensor_bytes
+            assert traffic_by_part(shape, phase)[part] == expected, (part, phase)
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_the_parts_move_together_what_the_whole_moves(phase: str) -> None:
+    shape = shape_of((2, 3, 40, 8), is_causal=True)
+    assert sum(traffic_by_part(shape, phase).values()) == materialised_traffic(shape, phase)
+    matrices = {part: moved // shape.matrix_bytes for part, moved in traffic_by_part(shape, phase).items()}
+    assert max(matrices, key=lambda part: matrices[part]) == "softmax"
+
+
+def test_the_parts_are_the_named_ranges_of_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    named: list[str] = []
+
+    @contextmanager
+    def named_range(name: str) -> Iterator[None]:
+        named.append(name)
+        yield
+
+    monkeypatch.setattr(reference, "named_range", named_range)
+    shape = shape_of((1, 1, 8, 4), is_causal=True)
+    reference.attention(*drawn(shape)[0], is_causal=True)
+    assert named == list(flops_by_part(shape)) == list(traffic_by_part(shape, "forward"))
+
+
+class OperationsOnScores(TorchDispatchMode):
+    """Counts one operation per element: that an elementwise operator writes, or that a reduction reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        del types
+        result = operator(*args, **(kwargs or {}))
+        if not operator.is_view:
+            self.count += max(x.numel() for x in tree_leaves((args, result)) if isinstance(x, Tensor))
+        return result
+
+
+@pytest.mark.parametrize("sizes", SHAPES)
+def test_softmax_does_five_operations_per_score_and_the_products_what_pytorch_counts(
+    sizes: tuple[int, int, int, int],
+) -> None:
+    shape = shape_of(sizes, is_causal=True)
+    flops = flops_by_part(shape)
+    scores = torch.randn(shape.batch_size, shape.heads, shape.seq_len, shape.seq_len)
+    with OperationsOnScores() as mode:
+        reference.softmax(scores, dim=-1)
+    assert flops["softmax"] == softmax_flops(shape) == mode.count
+    for part, (function, inputs) in parts_of(shape).items():
+        with FlopCounterMode(display=False) as counter:
+            function(*inputs)
+        assert counter.get_total_flops() == (0 if part == "softmax" else flops[part])
+
+
+def test_softmax_has_few_of_the_flops_and_most_of_the_traffic() -> None:
+    """Why its time is out of proportion: of both products it has 5 / (4·d) of the FLOPs, and moves more than they."""
+    for head_dim in (64, 80, 128):
+        shape = AttentionShape(4, 25, 1024, head_dim, is_causal=True)
+        flops, traffic = flops_by_part(shape), traffic_by_part(shape, "forward")
+        products = ("scores", "value product")
+        assert flops["softmax"] / sum(flops[part] for part in products) == 5 / (4 * head_dim)
+        assert traffic["softmax"] > sum(traffic[part] for part in products)
+
+
 @pytest.mark.parametrize("head_dim", [16, 64, 128])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_tiling_makes_intensity_grow_with_the_length_where_stored_scores_keep_it_still(
@@ -316,7 +427,7 @@ def test_an_unknown_phase_is_an_error_that_lists_the_known() -> None:
         partial(checked_phase, "forwards"),
         *(
             partial(each, shape, "forwards")
-            for each in (least_work, counted_flops, materialised_traffic, materialised_peak)
+            for each in (least_work, counted_flops, materialised_traffic, traffic_by_part, materialised_peak)
         ),
         partial(intensity, shape, "forwards", materialised=True),
     ]
