@@ -1,14 +1,17 @@
 #!/usr/bin/env python3
-"""Say what filled a GPU's memory, from a snapshot that PyTorch wrote.
+"""Say what filled the memory, from a snapshot of a GPU's or a trace of PyTorch's profiler.
 
     python scripts/memory_summary.py snapshot.pickle                     the peak and what was live then
+    python scripts/memory_summary.py trace.json                          the same of a CPU
     python scripts/memory_summary.py snapshot.pickle --plot timeline     and timeline.svg, timeline.png
     python scripts/memory_summary.py snapshot.pickle --under attention   what was allocated below a frame
     python scripts/memory_summary.py snapshot.pickle --format json
 
 A snapshot is what torch.cuda.memory._dump_snapshot(path) writes, after
 torch.cuda.memory._record_memory_history(max_entries=1_000_000) before the work. It is a pickle, and may come from
-anybody: nothing in it is run, and all but plain data is refused. No GPU and no network are needed.
+anybody: nothing in it is run, and all but plain data is refused. A trace is what export_chrome_trace(path) of
+torch.profiler.profile(profile_memory=True, with_stack=True) writes (.json, .json.gz). The two are told apart by what is
+in the file. No GPU and no network are needed.
 """
 
 from __future__ import annotations
@@ -25,17 +28,19 @@ from typing import Any
 from cs336_systems.bench.report import bytes_in_words, plural
 from cs336_systems.errors import HelpFormatter, UserError, run_command
 from cs336_systems.files import write_atomically
-from cs336_systems.presentation.memory_snapshot import figure, tables
+from cs336_systems.presentation.memory_snapshot import device_in_words, figure, tables
 from cs336_systems.profiling.live_memory import Group, Summary, summarise
-from cs336_systems.profiling.snapshot import Snapshot, read_snapshot
+from cs336_systems.profiling.memory_history import MemoryHistory, device_named
+from cs336_systems.profiling.recordings import read_memory
 
 
 def main(argv: list[str] | None) -> int:
     arguments = parse(argv)
     if arguments.top < 1:
         raise UserError(f"--top takes a number of rows from 1 on, found {arguments.top}")
-    snapshot = read_snapshot(arguments.file, arguments.device)
-    summary = summarise(snapshot, under=arguments.under)
+    device = None if arguments.device is None else device_named(arguments.device)
+    history = read_memory(arguments.file, device)
+    summary = summarise(history, under=arguments.under)
     if arguments.format == "json":
         print(json.dumps(shortened(summary, arguments.top), indent=2))
     elif arguments.format == "csv":
@@ -43,7 +48,7 @@ def main(argv: list[str] | None) -> int:
     else:
         print("\n\n".join(map(str, tables(summary, top=arguments.top))))
     if arguments.plot:
-        plot(snapshot, summary, arguments.plot)
+        plot(history, summary, arguments.plot)
     return 0
 
 
@@ -56,7 +61,7 @@ def shortened(summary: Summary, top: int) -> dict[str, object]:
     plain = dataclasses.asdict(dataclasses.replace(summary, **cut))
     for groups in (*(plain[name] for name in cut if name not in ("block", "under")), *_groups_of(plain)):
         for group in groups:
-            group["trace"] = [f"{filename}:{line} {name}" for name, filename, line in group["trace"]]
+            group["trace"] = [frame.with_folders for frame in group["trace"]]
     return plain
 
 
@@ -85,13 +90,13 @@ def as_csv(summary: Summary, top: int) -> str:
     return text.getvalue()
 
 
-def plot(snapshot: Snapshot, summary: Summary, path: Path) -> None:
+def plot(history: MemoryHistory, summary: Summary, path: Path) -> None:
     """Write the timeline beside the path given, as SVG and as PNG."""
     caption = (
-        f"Live memory of device {snapshot.device} in {snapshot.path.name}: peak "
-        f"{bytes_in_words(summary.peak_allocated_bytes)}, {plural(len(snapshot.timeline.birth), 'allocation')}"
+        f"Live memory of {device_in_words(history.device)} in {history.path.name}: peak "
+        f"{bytes_in_words(summary.peak_allocated_bytes)}, {plural(len(history.timeline.birth), 'allocation')}"
     )
-    picture = figure(snapshot.timeline, caption)
+    picture = figure(history.timeline, caption, by=history.unit)
     base = path.with_suffix("") if path.suffix in (".svg", ".png") else path
     for suffix, content in ((".svg", picture.svg()), (".png", picture.png())):
         write_atomically(base.with_name(base.name + suffix), content)
@@ -99,13 +104,17 @@ def plot(snapshot: Snapshot, summary: Summary, path: Path) -> None:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("file", type=Path, help="the snapshot")
+    parser.add_argument("file", type=Path, help="the snapshot or the trace")
     parser.add_argument("--top", type=int, default=10, metavar="N", help="rows of each table (default 10)")
     parser.add_argument("--format", choices=("markdown", "csv", "json"), default="markdown")
     parser.add_argument(
-        "--under", metavar="TEXT", help="also what was allocated below a frame with this in its path:line name"
+        "--under",
+        metavar="TEXT",
+        help="also what was allocated below a frame with this in its path:line name, or a trace's range or operator",
     )
-    parser.add_argument("--device", type=int, metavar="N", help="of several devices which (default: the busiest)")
+    parser.add_argument(
+        "--device", metavar="N", help="of several devices which, by number or cpu (default: the busiest)"
+    )
     parser.add_argument("--plot", type=Path, metavar="PATH", help="also draw the timeline: PATH.svg and PATH.png")
     return parser.parse_args(argv)
 

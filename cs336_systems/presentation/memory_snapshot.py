@@ -1,11 +1,12 @@
-"""A memory snapshot as tables, and the timeline of what was live, of a GPU or a CPU, as a figure."""
+"""What a memory snapshot or a trace tells as tables, and the timeline of what was live as a figure."""
 
 from __future__ import annotations
 
+import textwrap
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
 
@@ -24,7 +25,10 @@ from cs336_systems.bench.report import (
     plural,
 )
 from cs336_systems.profiling.live_memory import Group, Summary
-from cs336_systems.profiling.timeline import Band, Phase, Timeline, bands, thinned
+from cs336_systems.profiling.memory_history import Device, Unit
+from cs336_systems.profiling.outline import OTHER, Band, Outline, Stretch, bands, outline
+from cs336_systems.profiling.stacks import OPERATOR
+from cs336_systems.profiling.timeline import Timeline
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,6 +36,30 @@ if TYPE_CHECKING:
 
 GIB, MIB = 2**30, 2**20
 UNITS = "1 GiB = 2^30 bytes, 1 MiB = 2^20 bytes"
+SMALL_GIB = 0.1
+"""A peak below this is told in MiB."""
+
+
+class Scale(NamedTuple):
+    """The unit that totals of memory are told in."""
+
+    name: str
+    bytes: int
+
+    def of(self, count: float) -> float:
+        """Bytes in this unit."""
+        return count / self.bytes
+
+
+def scale_of(peak_bytes: int) -> Scale:
+    """GiB, or MiB where the peak is less than a tenth of one."""
+    return Scale("GiB", GIB) if peak_bytes >= SMALL_GIB * GIB else Scale("MiB", MIB)
+
+
+def device_in_words(device: Device) -> str:
+    """`device 0`, or `the CPU`."""
+    return "the CPU" if device == "cpu" else f"device {device}"
+
 
 # Tables --------------------------------------------------------------------------------------------------------
 
@@ -47,39 +75,49 @@ def tables(summary: Summary, *, top: int) -> list[Table]:
 
 
 def facts(summary: Summary) -> Table:
-    """The peak and what it is made of."""
+    """The peak and what it is made of; what is not known is left out."""
     of_trace = summary.peak_allocated_bytes - summary.before_trace_at_peak_bytes
-    rows = pd.DataFrame(
-        [
-            ("peak allocated", summary.peak_allocated_bytes),
-            ("of it allocated before the trace", summary.before_trace_at_peak_bytes),
-            (f"of it {plural(summary.live_count, 'allocation')} of the trace", of_trace),
-            ("allocated when the trace began", summary.before_trace_bytes),
-            ("peak reserved", summary.peak_reserved_bytes),
-        ],
-        columns=["quantity", "size"],
-    )
+    before = summary.before_trace_at_peak_bytes
+    found = [
+        ("peak allocated", summary.peak_allocated_bytes),
+        ("of it allocated before the trace", before if before or summary.before_trace_bytes is not None else None),
+        (f"of it {plural(summary.live_count, 'allocation')} of the trace", of_trace),
+        ("allocated when the trace began", summary.before_trace_bytes),
+        ("peak reserved", summary.peak_reserved_bytes),
+    ]
+    rows = pd.DataFrame([row for row in found if row[1] is not None], columns=["quantity", "size"])
+    scale = scale_of(summary.peak_allocated_bytes)
     columns = [
         Column("quantity", lambda row: row.quantity, "left"),
         Column("bytes", lambda row: f"{row.size:,}"),
-        Column("GiB", lambda row: f"{row.size / GIB:.3f}"),
+        Column(scale.name, lambda row: f"{scale.of(row.size):.3f}"),
     ]
-    caption = f"Memory of device {summary.device}, {summary.events:,} events"
+    caption = f"Memory of {device_in_words(summary.device)}, {summary.events:,} events"
     return Table.of(rows, columns, caption=caption, notes=_notes(summary))
 
 
 def _notes(summary: Summary) -> list[str]:
+    is_snapshot = summary.unit == "line"
     within = f", within {' / '.join(map(escaped, summary.peak_phases))}" if summary.peak_phases else ""
+    if is_snapshot:
+        sizes = "Sizes of the trace are as asked for; what was there before it, and reserved, is as the allocator "
+        sizes += "rounds up."
+    else:
+        sizes = f"Sizes are as {'the allocator rounds up' if summary.rounds_up else 'asked for'}."
     notes = [
         f"Peak {number(summary.peak_ms, 6)} ms after the first event{within}, at {escaped(summary.peak_place)}. "
-        f"{escaped(UNITS)}. Sizes of the trace are as asked for; what was there before it, and reserved, is as the "
-        "allocator rounds up."
+        f"{escaped(UNITS)}. {sizes}"
     ]
+    if summary.before_trace_bytes is None:
+        notes.append(
+            "What was allocated before the profiler began is not in the trace: the peak is that of what came after."
+        )
     if summary.freed_from_before_count:
+        cut = ", or the trace was cut at its max\\_entries" if is_snapshot else ""
         notes.append(
             f"The trace frees {bytes_in_words(summary.freed_from_before_bytes)} in "
             f"{plural(summary.freed_from_before_count, 'piece')} that it did not allocate: recording began after "
-            "that, or the trace was cut at its max\\_entries; the peak is that of the trace alone."
+            f"that{cut}; the peak is that of the trace alone."
         )
     if summary.missing_from_segments_bytes:
         notes.append(
@@ -88,22 +126,43 @@ def _notes(summary: Summary) -> list[str]:
         )
     if summary.out_of_memory:
         notes.append(f"Memory ran out {plural(summary.out_of_memory, 'time')} during the trace.")
+    if summary.damaged:
+        notes.append(f"Left out because they make no sense: {summary.damaged:,} of the events.")
     if summary.other_devices:
         others = ", ".join(map(str, summary.other_devices))
         notes.append(f"There is a trace of device {others} too: --device tells which to read.")
     return notes
 
 
+PLACES: dict[Unit, str] = {
+    "line": "line of the user's code",
+    "function": "function of the user's code",
+    "operator": "named range and operator",
+}
+PLACES_OF: dict[Unit, tuple[str, ...]] = {
+    "line": (),
+    "function": ("A trace has the line that a function begins at, not the one that ran.",),
+    "operator": (
+        "The trace has no Python functions, so the innermost named range and the operator stand in their place; "
+        "`with_stack=True` records them.",
+    ),
+}
+"""What the table of them is followed by."""
+
+
 def by_size(summary: Summary, top: int) -> Table:
     """Live allocations at the peak by their size."""
-    columns = [_bytes, _mebibytes, _count, _total, _share(summary), Column("most of it from", _mostly, "left")]
+    mostly = Column("most of it from", partial(_mostly, summary.unit), "left")
+    columns = [_bytes, _mebibytes, _count, _total(summary), _share(summary), mostly]
     return _table(summary.by_size, columns, "Live at the peak, by size", top)
 
 
 def by_place(summary: Summary, top: int) -> Table:
-    """Live allocations at the peak by the line that made them."""
-    columns = [_from, _count, _mebibytes, _total, _share(summary)]
-    return _table(summary.by_place, columns, "Live at the peak, by line of the user's code", top)
+    """Live allocations at the peak by the line that made them, or by what a trace has in place of lines."""
+    columns = [_from, _count, _mebibytes, _total(summary), _share(summary)]
+    return _table(
+        summary.by_place, columns, f"Live at the peak, by {PLACES[summary.unit]}", top, PLACES_OF[summary.unit]
+    )
 
 
 def largest(summary: Summary, top: int) -> Table:
@@ -119,10 +178,11 @@ def block(summary: Summary, top: int) -> Table:
     caption = f"Live at the peak of one call of {found.function}, called by {found.called_from}"
     note = (
         f"One call keeps {found.total_bytes:,} bytes ({bytes_in_words(found.total_bytes)}); {found.alike} of "
-        f"{plural(found.calls, 'call')} keep the same. Calls are told apart by the function's lines, which go back "
-        "where the next call begins."
+        f"{plural(found.calls, 'call')} keep the same."
     )
-    return _table(found.groups, [_bytes, _mebibytes, _count, _from], caption, top, [note])
+    if summary.unit == "line":
+        note += " Calls are told apart by the function's lines, which go back where the next call begins."
+    return _table(found.groups, [_bytes, _mebibytes, _count, _from, _operator], caption, top, [note])
 
 
 def under(summary: Summary, top: int) -> Table:
@@ -131,7 +191,9 @@ def under(summary: Summary, top: int) -> Table:
     assert found is not None
     total = f"{plural(found.count, 'allocation')}, {found.total_bytes:,} bytes ({bytes_in_words(found.total_bytes)})"
     caption = f"Live at the peak and allocated under {found.text}: {total}"
-    return _table(found.groups, [_bytes, _mebibytes, _count, _total, _share(summary), _from], caption, top)
+    return _table(
+        found.groups, [_bytes, _mebibytes, _count, _total(summary), _share(summary), _from, _operator], caption, top
+    )
 
 
 def _table(
@@ -147,17 +209,27 @@ def _table(
 _bytes = Column("bytes", lambda row: MISSING if row.group.bytes is None else f"{row.group.bytes:,}")
 _mebibytes = Column("MiB each", lambda row: MISSING if row.group.bytes is None else f"{row.group.bytes / MIB:.3f}")
 _count = Column("count", lambda row: str(row.group.count))
-_total = Column("total (GiB)", lambda row: f"{row.group.total_bytes / GIB:.3f}")
 _from = Column("from", lambda row: row.group.place, "left")
+_operator = Column("operator", lambda row: _operator_of(row.group), "left")
+
+
+def _operator_of(group: Group) -> str:
+    """What a trace's stack begins with; a snapshot has none."""
+    return group.trace[0].name if group.trace and group.trace[0].filename == OPERATOR else MISSING
+
+
+def _total(summary: Summary) -> Column:
+    scale = scale_of(summary.peak_allocated_bytes)
+    return Column(f"total ({scale.name})", lambda row: f"{scale.of(row.group.total_bytes):.3f}")
 
 
 def _share(summary: Summary) -> Column:
     return Column("of the peak", lambda row: percent(row.group.total_bytes / summary.peak_allocated_bytes))
 
 
-def _mostly(row: Any) -> str:
+def _mostly(unit: Unit, row: Any) -> str:
     others = row.group.other_places
-    return f"{row.group.place}, and {plural(others, 'other line')}" if others else row.group.place
+    return f"{row.group.place}, and {plural(others, f'other {unit}')}" if others else row.group.place
 
 
 def _trace(row: Any) -> str:
@@ -169,56 +241,60 @@ def _trace(row: Any) -> str:
 
 BEFORE, REST, OTHERS = "#eef0f3", "#d9dee5", "#c3cbd6"
 SMALLER = "smaller allocations"
-MOST_PHASES, FEW_BANDS = 12, 150
-ROOM_PER_LETTER = 0.004
-"""Of the width of the figure; a phase with less goes without its name."""
+FEW_BANDS = 150
+POINTS = 4000
+"""Of the curve of a timeline that is drawn at once."""
+ROOM_PER_LETTER, WIDTH_PER_LETTER = 0.004, 0.009
+"""Of the width of the axes; a phase that has less room, or whose name would lie on another's, goes without."""
 
 
-def figure(timeline: Timeline, caption: str, *, most: int = 1000, by: str = "line") -> Picture:
-    """What is live over time: the `most` largest allocations a band each, the others above them in one.
+def figure(drawn: Timeline | Outline, caption: str, *, most: int = 1000, by: str = "line") -> Picture:
+    """What is live over time: of a timeline the `most` largest allocations a band each, the others above them in one.
 
-    `by` says what the timeline's labels are: lines of code, or the operators of a CPU's profile.
+    An outline has chosen its bands. `by` says what the labels are: lines of code, or what a trace has (its `unit`).
     """
-    return Picture(caption, partial(_draw, timeline, most, by))
+    chosen = drawn if isinstance(drawn, Outline) else outline(drawn, most=most, points=POINTS)
+    return Picture(caption, partial(_draw, chosen, by))
 
 
-def _draw(timeline: Timeline, most: int, by: str) -> Figure:
+def _draw(drawn: Outline, by: str) -> Figure:
     from matplotlib.figure import Figure
 
-    drawn = bands(timeline, most)
-    times, totals, before = thinned(timeline)
-    heights, floor = [total / GIB for total in totals], [size / GIB for size in before]
+    scale = scale_of(drawn.peak_bytes)
+    times = drawn.times_ms
+    heights, floor = [scale.of(total) for total in drawn.totals], [scale.of(size) for size in drawn.before]
     with figure_style():
         drawing = Figure(figsize=(9.5, 4.8))
         axes = drawing.subplots()
         axes.grid(False)
-        _draw_bands(axes, timeline, drawn, by)
+        _draw_bands(axes, drawn, bands(drawn), scale, by)
         # What no band covers: the smaller ones, between the highest band and the total.
-        if len(drawn) < len(timeline.birth):
+        if len(drawn.label) < drawn.allocations:
             axes.fill_between(times, heights, step="post", color=REST, linewidth=0, label=SMALLER, zorder=1)
         axes.plot(times, heights, color="black", linewidth=0.7, drawstyle="steps-post", marker="none", zorder=5)
-        bottom, top = _limits(timeline, min(floor) * GIB)
+        bottom, top = (scale.of(limit) for limit in _limits(drawn.peak_bytes, min(drawn.before)))
         span = (times[-1] - times[0]) or 1.0
+        label = f"live memory ({scale.name})"
         axes.set(
             xlim=(times[0], times[0] + span),
-            ylim=(bottom / GIB, top / GIB),
+            ylim=(bottom, top),
             xlabel="time since the first event (ms)",
-            ylabel="live memory (GiB)" if not bottom else f"live memory (GiB), axis from {bottom / GIB:.2f} GiB",
+            ylabel=label if not bottom else f"{label}, axis from {bottom:.2f} {scale.name}",
         )
-        if timeline.start_bytes:
-            _draw_before(axes, times, floor, f"before the trace: {bytes_in_words(timeline.start_bytes)}")
-        _mark_peak(axes, timeline, (timeline.peak_ms - times[0]) / span)
-        _mark_phases(axes, timeline)
+        if drawn.start_bytes:
+            _draw_before(axes, times, floor, f"before the trace: {bytes_in_words(drawn.start_bytes)}")
+        _mark_peak(axes, drawn, scale, (drawn.peak_ms - times[0]) / span)
+        _mark_phases(axes, drawn)
         if axes.get_legend_handles_labels()[0]:
             drawing.legend(loc="outside right upper", title=f"at the peak, by {by}", alignment="left", fontsize="small")
     return drawing
 
 
-def _limits(timeline: Timeline, lowest_before: float) -> tuple[float, float]:
+def _limits(peak_bytes: int, lowest_before: int) -> tuple[float, float]:
     """Where the axis of bytes begins and ends: most of what was there before is cut off if it is the larger part."""
-    varied = timeline.peak_bytes - lowest_before
+    varied = peak_bytes - lowest_before
     bottom = lowest_before - 0.12 * varied if lowest_before > varied > 0 else 0.0
-    return bottom, timeline.peak_bytes + 0.08 * ((timeline.peak_bytes - bottom) or 1.0)
+    return bottom, peak_bytes + 0.08 * ((peak_bytes - bottom) or 1.0)
 
 
 def _draw_before(axes: Axes, times: Sequence[float], floor: Sequence[float], label: str) -> None:
@@ -230,26 +306,22 @@ def _draw_before(axes: Axes, times: Sequence[float], floor: Sequence[float], lab
     axes.annotate(label, (0.02, middle), zorder=4, **where)
 
 
-def _draw_bands(axes: Axes, timeline: Timeline, drawn: Sequence[Band], by: str) -> None:
+def _draw_bands(axes: Axes, drawn: Outline, stacked: Sequence[Band], scale: Scale, by: str) -> None:
     """The bands in the colours of the lines that have most at the peak, other lines in one grey."""
     from matplotlib.collections import PolyCollection
 
-    at_peak: defaultdict[str, int] = defaultdict(int)
-    for index in timeline.live_at_peak():
-        at_peak[timeline.labels[int(timeline.label[index])]] += int(timeline.size[index])
-    leading = sorted(at_peak, key=lambda label: -at_peak[label])[: len(COLOURS)]
-    outlines: defaultdict[str, list[list[tuple[float, float]]]] = defaultdict(list)
-    for band in drawn:
-        name = band.label if band.label in leading else ""
-        outlines[name].append([(time, height / GIB) for time, height in band.outline()])
-    others = sum(at_peak.values()) - sum(at_peak[label] for label in leading)
+    leading = min(len(drawn.labels), len(COLOURS))
+    corners: defaultdict[int, list[list[tuple[float, float]]]] = defaultdict(list)
+    for band in stacked:
+        number = band.label if band.label < leading else OTHER
+        corners[number].append([(time, scale.of(height)) for time, height in band.corners()])
     # Lines between the bands would cover hundreds of thin ones.
-    edge = "white" if len(drawn) <= FEW_BANDS else "none"
-    for label, colour in [*zip(leading, COLOURS, strict=False), ("", OTHERS)]:
-        size = at_peak[label] if label else others
-        told = _shortened(label) if label else f"other {by}s"
+    edge = "white" if len(stacked) <= FEW_BANDS else "none"
+    for number, colour in [*enumerate(COLOURS[:leading]), (OTHER, OTHERS)]:
+        told = _wrapped(drawn.labels[number]) if number != OTHER else f"other {by}s"
+        size = drawn.at_peak[number] if number != OTHER else drawn.others_at_peak + sum(drawn.at_peak[leading:])
         told += f": {bytes_in_words(size)}" if size else ""
-        if label in outlines:
+        if number in corners:
             style: dict[str, Any] = {
                 "facecolor": colour,
                 "edgecolor": edge,
@@ -257,19 +329,20 @@ def _draw_bands(axes: Axes, timeline: Timeline, drawn: Sequence[Band], by: str) 
                 "label": told,
                 "zorder": 2,
             }
-            axes.add_collection(PolyCollection(outlines[label], **style))
+            axes.add_collection(PolyCollection(corners[number], **style))
 
 
-def _shortened(label: str, most: int = 34) -> str:
-    return label if len(label) <= most else label[: most - 1] + "…"
+def _wrapped(label: str, most: int = 34) -> str:
+    """A label in two lines at most, the rest of it cut off."""
+    return "\n".join(textwrap.wrap(label, most, max_lines=2, placeholder=" …"))
 
 
-def _mark_peak(axes: Axes, timeline: Timeline, place: float) -> None:
-    peak = timeline.peak_bytes / GIB
-    axes.plot([timeline.peak_ms], [peak], "v", color="black", markersize=5, zorder=6, clip_on=False)
+def _mark_peak(axes: Axes, drawn: Outline, scale: Scale, place: float) -> None:
+    peak = scale.of(drawn.peak_bytes)
+    axes.plot([drawn.peak_ms], [peak], "v", color="black", markersize=5, zorder=6, clip_on=False)
     axes.annotate(
-        f"peak {peak:.3f} GiB",
-        (timeline.peak_ms, peak),
+        f"peak {peak:.3f} {scale.name}",
+        (drawn.peak_ms, peak),
         xytext=(-6 if place > 0.5 else 6, 4),
         textcoords="offset points",
         ha="right" if place > 0.5 else "left",
@@ -278,24 +351,13 @@ def _mark_peak(axes: Axes, timeline: Timeline, place: float) -> None:
     )
 
 
-def _mark_phases(axes: Axes, timeline: Timeline) -> None:
-    """A line where each phase begins and ends, its name above; of many phases those that take longest."""
-    if not timeline.phases:
-        return
-    last = float(timeline.time_us[-1])
-
-    def seconds(phase: Phase) -> float:
-        return (last if phase.end_us is None else phase.end_us) - phase.start_us
-
-    first = float(timeline.time_us[0])
-    within = [phase for phase in timeline.phases if phase.start_us < last and first < phase.start_us + seconds(phase)]
-    chosen = sorted(sorted(within, key=seconds, reverse=True)[:MOST_PHASES], key=lambda phase: phase.start_us)
-    depths = sorted({phase.depth for phase in chosen})
-    for phase in chosen:
-        start = timeline.milliseconds(max(phase.start_us, first))
-        end = timeline.milliseconds(min(phase.start_us + seconds(phase), last))
+def _mark_phases(axes: Axes, drawn: Outline) -> None:
+    """A line where each phase begins and ends, its name above."""
+    depths = sorted({phase.depth for phase in drawn.phases})
+    named = _with_room(drawn)
+    for phase in drawn.phases:
         height = 1.015 + 0.055 * (len(depths) - 1 - depths.index(phase.depth))
-        for time in (start, end):
+        for time in (phase.start_ms, phase.end_ms):
             axes.axvline(time, color=BOUND, linewidth=0.7, linestyle=(0, (4, 2)), marker="none", zorder=5)
         # A bracket over the phase.
         transform = axes.get_xaxis_transform()
@@ -306,15 +368,30 @@ def _mark_phases(axes: Axes, timeline: Timeline) -> None:
             "markersize": 5,
             "markeredgewidth": 0.8,
         }
-        axes.plot([start, end], [height, height], transform=transform, clip_on=False, **bracket)
-        if end - start < ROOM_PER_LETTER * len(phase.name) * timeline.milliseconds(last):
+        axes.plot([phase.start_ms, phase.end_ms], [height, height], transform=transform, clip_on=False, **bracket)
+        if phase not in named:
             continue
         axes.annotate(
             phase.name,
-            ((start + end) / 2, height + 0.008),
+            ((phase.start_ms + phase.end_ms) / 2, height + 0.008),
             xycoords=("data", "axes fraction"),
             ha="center",
             va="bottom",
             fontsize="small",
             annotation_clip=False,
         )
+
+
+def _with_room(drawn: Outline) -> list[Stretch]:
+    """The phases whose names can be read: of two that would lie on one another that of the longer."""
+    span = drawn.times_ms[-1]
+    named: list[Stretch] = []
+    for phase in sorted(drawn.phases, key=lambda phase: phase.start_ms - phase.end_ms):
+        beside = (other for other in named if other.depth == phase.depth)
+        if phase.end_ms - phase.start_ms >= ROOM_PER_LETTER * len(phase.name) * span and all(
+            abs(phase.start_ms + phase.end_ms - other.start_ms - other.end_ms)
+            >= WIDTH_PER_LETTER * (len(phase.name) + len(other.name)) * span
+            for other in beside
+        ):
+            named.append(phase)
+    return named

@@ -1,6 +1,6 @@
-"""What a memory snapshot answers: the peak, what was live then by size and by line, and what one block keeps.
+"""What a memory snapshot or a trace answers: the peak, what was live then by size and by line, what one block keeps.
 
-summary = summarise(read_snapshot(path), under="attention")
+summary = summarise(read_memory(path), under="attention")
 """
 
 from __future__ import annotations
@@ -11,8 +11,17 @@ from collections.abc import Callable, Hashable, Iterable
 from typing import NamedTuple
 
 from cs336_systems.errors import UserError, unknown_name
-from cs336_systems.profiling.snapshot import Snapshot
-from cs336_systems.profiling.stacks import Stack, matches, place_of, saved_by_one_block, user_frames
+from cs336_systems.profiling.memory_history import Device, MemoryHistory, Unit
+from cs336_systems.profiling.stacks import (
+    OPERATOR,
+    Frame,
+    Stack,
+    is_users,
+    matches,
+    operator_of,
+    saved_by_one_block,
+    user_frames,
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -27,7 +36,7 @@ class Group:
     """The line that they come from, or most of their bytes."""
     other_places: int = 0
     trace: Stack = ()
-    """Where they share it: the frames of the user's code from the innermost out."""
+    """Where they share it: the operator, if that is known, and the user's frames from the innermost out."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,27 +65,35 @@ class Under:
 class Summary:
     """The answers, in bytes. The groups are complete, with the most bytes first."""
 
-    device: int
-    other_devices: tuple[int, ...]
+    device: Device
+    other_devices: tuple[Device, ...]
+    unit: Unit
+    """What places are."""
     events: int
+    damaged: int
+    """Events that were left out because they make no sense."""
     peak_allocated_bytes: int
-    peak_reserved_bytes: int
+    peak_reserved_bytes: int | None
+    """None where nothing is reserved: on a CPU."""
     peak_ms: float
     """From the first event of the trace on."""
     peak_phases: tuple[str, ...]
     """The named ranges that were open then, from the outermost in."""
     peak_place: str
     """The line whose allocation made the peak."""
-    before_trace_bytes: int
-    """Live when the trace began."""
+    before_trace_bytes: int | None
+    """Live when the trace began; None where that is not known."""
     before_trace_at_peak_bytes: int
+    """Of it, as far as it is known."""
+    rounds_up: bool
+    """Whether sizes are what the allocator gave, and not what it was asked for."""
     live_count: int
     """Allocations of the trace that are live at the peak."""
     freed_from_before_count: int
     """How many times the trace frees what it did not allocate."""
     freed_from_before_bytes: int
-    missing_from_segments_bytes: int
-    """How much less the segments hold at the end than the trace says; 0 in a sound snapshot."""
+    missing_from_segments_bytes: int | None
+    """How much less the segments hold at the end than the trace says; 0 in a sound snapshot, None without segments."""
     out_of_memory: int
     """How many allocations failed for want of memory."""
     by_size: tuple[Group, ...]
@@ -91,35 +108,42 @@ class _Live(NamedTuple):
 
     bytes: int
     place: str
-    user_stack: Stack
+    trace: Stack
+    """The operator and the user's frames."""
+    stack: Stack
+    calls: tuple[int, ...] | None
+    """Of each frame of the stack which call it is."""
     is_under: bool
 
 
-def summarise(snapshot: Snapshot, *, under: str | None = None) -> Summary:
+def summarise(history: MemoryHistory, *, under: str | None = None) -> Summary:
     """Everything but the picture.
 
     Raises:
         UserError: no live allocation was made below a frame with `under` in its path, line or function.
     """
-    timeline = snapshot.timeline
-    live = _live(snapshot, under)
+    timeline = history.timeline
+    live = _live(history, under)
     peak = timeline.peak_index
     return Summary(
-        device=snapshot.device,
-        other_devices=snapshot.other_devices,
-        events=sum(snapshot.actions.values()),
+        device=history.device,
+        other_devices=history.other_devices,
+        unit=history.unit,
+        events=history.events,
+        damaged=history.damaged,
         peak_allocated_bytes=timeline.peak_bytes,
-        peak_reserved_bytes=snapshot.peak_reserved_bytes,
+        peak_reserved_bytes=history.peak_reserved_bytes,
         peak_ms=timeline.peak_ms,
         peak_phases=tuple(phase.name for phase in timeline.phases_at(timeline.time_us[peak])) if peak >= 0 else (),
         peak_place=live[-1].place if live else "(before the trace)",
-        before_trace_bytes=timeline.start_bytes,
+        before_trace_bytes=timeline.start_bytes if history.knows_before else None,
         before_trace_at_peak_bytes=timeline.before_at_peak,
+        rounds_up=history.rounds_up,
         live_count=len(live),
         freed_from_before_count=len(timeline.unmatched),
-        freed_from_before_bytes=snapshot.freed_from_before,
-        missing_from_segments_bytes=snapshot.missing_from_segments,
-        out_of_memory=snapshot.actions["oom"],
+        freed_from_before_bytes=history.freed_from_before,
+        missing_from_segments_bytes=history.missing_from_segments,
+        out_of_memory=history.out_of_memory,
         by_size=_groups(live, lambda one: one.bytes),
         by_place=_groups(live, lambda one: one.place),
         largest=tuple(sorted(_alike(live), key=lambda group: group.bytes or 0, reverse=True)),
@@ -128,18 +152,26 @@ def summarise(snapshot: Snapshot, *, under: str | None = None) -> Summary:
     )
 
 
-def _live(snapshot: Snapshot, under: str | None) -> list[_Live]:
+def _live(history: MemoryHistory, under: str | None) -> list[_Live]:
     """What is live at the peak in the order of its birth; each stack is looked at once."""
-    sizes = snapshot.timeline.size
-    known: dict[int, tuple[str, Stack, bool]] = {}
+    sizes = history.timeline.size
+    known: dict[int, tuple[Stack, Stack, bool]] = {}
     live = []
-    for index in map(int, snapshot.timeline.live_at_peak()):
-        number = int(snapshot.stacks[index])
+    for index in map(int, history.timeline.live_at_peak()):
+        number = int(history.stacks[index])
         if number not in known:
-            stack = snapshot.stack(index)
-            known[number] = (place_of(stack), user_frames(stack), bool(under) and matches(stack, str(under)))
-        live.append(_Live(int(sizes[index]), *known[number]))
+            stack = history.stack(index)
+            known[number] = (_shown(stack), stack, bool(under) and matches(stack, str(under)))
+        trace, stack, is_under = known[number]
+        live.append(_Live(int(sizes[index]), history.place(index), trace, stack, history.calls(index), is_under))
     return live
+
+
+def _shown(stack: Stack) -> Stack:
+    """The user's frames, and before them the operator that the innermost called."""
+    mine = user_frames(stack)
+    operator = operator_of(stack) if mine else None
+    return (Frame(operator, OPERATOR, 0), *mine) if operator else mine
 
 
 def _groups(live: Iterable[_Live], key: Callable[[_Live], Hashable]) -> tuple[Group, ...]:
@@ -155,7 +187,7 @@ def _group(members: list[_Live]) -> Group:
     places: Counter[str] = Counter()
     for one in members:
         places[one.place] += one.bytes
-    traces = {one.user_stack for one in members}
+    traces = {one.trace for one in members}
     sizes = {one.bytes for one in members}
     return Group(
         count=len(members),
@@ -169,11 +201,17 @@ def _group(members: list[_Live]) -> Group:
 
 def _alike(live: Iterable[_Live]) -> tuple[Group, ...]:
     """Allocations of one size and one way through the user's code together, the most bytes first."""
-    return _groups(live, lambda one: (one.bytes, one.user_stack, one.place))
+    return _groups(live, lambda one: (one.bytes, one.trace, one.place))
 
 
 def _block(live: list[_Live]) -> Block | None:
-    saved = saved_by_one_block([one.user_stack for one in live], [one.bytes for one in live])
+    stacks = [user_frames(one.stack) for one in live]
+    calls = [
+        [call for call, frame in zip(one.calls, one.stack, strict=True) if is_users(frame)]
+        for one in live
+        if one.calls is not None
+    ]
+    saved = saved_by_one_block(stacks, [one.bytes for one in live], calls or None)
     if saved is None:
         return None
     groups = _alike(live[index] for index in saved.allocations)
@@ -192,13 +230,13 @@ def _under(live: list[_Live], text: str) -> Under:
     if not chosen:
         functions: Counter[str] = Counter()
         for one in live:
-            functions.update({str(frame) for frame in one.user_stack})
+            functions.update({str(frame) for frame in one.stack if is_users(frame) or frame.has_no_file})
         known = [name for name, _ in functions.most_common(12)]
         if known:
             raise unknown_name("frame", text, known)
         raise UserError(
             f"nothing that is live at the peak has a stack trace, so nothing is known to be under {text!r}: record the "
-            "history with context='all' and stacks='all'"
+            "history with context='all' and stacks='all', a trace with with_stack=True"
         )
     groups = _alike(chosen)
     return Under(text, len(chosen), sum(group.total_bytes for group in groups), groups)

@@ -16,17 +16,16 @@ from __future__ import annotations
 import dataclasses
 from array import array
 from collections import Counter
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cs336_systems.errors import UserError
+from cs336_systems.profiling.memory_history import MemoryHistory
 from cs336_systems.profiling.plain_pickle import References, load_plain
 from cs336_systems.profiling.stacks import Frame, Stack, place_of
-from cs336_systems.profiling.timeline import Phase, Timeline, paired_timeline
+from cs336_systems.profiling.timeline import Phase, paired_timeline
 
 HOW_TO_RECORD = (
     "record one by calling torch.cuda.memory._record_memory_history(max_entries=1_000_000) before the work and "
@@ -60,36 +59,17 @@ class _Event(NamedTuple):
     action: str
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Snapshot:
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Snapshot(MemoryHistory):
     """One device's part of a snapshot."""
 
-    path: Path
-    device: int
-    other_devices: tuple[int, ...]
-    """Devices that have a trace too."""
-    timeline: Timeline
-    stacks: NDArray[np.int32]
-    """Of every allocation of the timeline: its stack, as a number for `stack`."""
-    known_stacks: KnownStacks
     actions: Counter[str]
-    missing_from_segments: int
-    """Bytes that the trace leaves allocated and the segments do not have."""
     allocated_at_end: int
     reserved_at_end: int
     peak_reserved_bytes: int
+    missing_from_segments: int
     blocks_at_end: tuple[int, ...]
     """Sizes of the blocks that tensors use at the end, rounded up as the allocator does."""
-
-    def stack(self, allocation: int) -> Stack:
-        """Where an allocation was made, from the innermost frame out; empty where that was not recorded."""
-        number = int(self.stacks[allocation])
-        return self.known_stacks[number] if number >= 0 else ()
-
-    @cached_property
-    def freed_from_before(self) -> int:
-        """Bytes that the trace frees and did not allocate."""
-        return -int(self.timeline.change[self.timeline.unmatched].sum())
 
 
 def read_snapshot(path: Path, device: int | None = None) -> Snapshot:
@@ -138,6 +118,8 @@ def read_snapshot(path: Path, device: int | None = None) -> Snapshot:
         columns=columns.taken(chosen),
         known_stacks=known_stacks,
         actions=actions,
+        events=sum(actions.values()),
+        out_of_memory=actions["oom"],
         allocated_at_end=allocated,
         reserved_at_end=reserved,
         blocks_at_end=blocks,
@@ -317,6 +299,7 @@ def _assembled(
         timeline=timeline,
         stacks=stacks[timeline.birth],
         known_stacks=known_stacks,
+        unit="line",
         missing_from_segments=max(0, -before),
         allocated_at_end=allocated_at_end,
         reserved_at_end=reserved_at_end,

@@ -1,13 +1,10 @@
-"""What is live at each moment: from a list of bytes that came and went to the bands of a drawn timeline.
+"""What is live at each moment, from a list of bytes that came and went.
 
     timeline = timeline_of_changes([Change(0, 512, "linear"), Change(5, -512, "linear")])
-    timeline.peak_bytes, bands(timeline, most=200)
+    timeline.peak_bytes, timeline.live_at_peak()
 
 Where the changes come from does not matter: the events of a CUDA memory snapshot, or the memory events of PyTorch's
-profiler on a CPU. An allocation is a band from its birth to its end, which lies upon those that were there before it
-and sinks when one of them is freed, as in PyTorch's memory_viz.
-
-Source: torch/utils/viz/MemoryViz.js (process_alloc_data), which lays out the page at pytorch.org/memory_viz.
+profiler on a CPU. `outline.py` has what is drawn of it.
 """
 
 from __future__ import annotations
@@ -122,7 +119,7 @@ class Timeline:
 def timeline_of_changes(
     changes: Iterable[Change], *, start_bytes: int | None = None, phases: Sequence[Phase] = ()
 ) -> Timeline:
-    """The timeline of changes in order of time; without `start_bytes` as much as it takes to stay above zero."""
+    """The timeline of changes in order of time; without `start_bytes` with as much before as is freed of it."""
     ordered = sorted(changes, key=lambda change: change.time_us)
     numbers: defaultdict[object, list[int]] = defaultdict(list)
     keys = np.zeros(len(ordered), dtype=np.uint64)
@@ -157,6 +154,7 @@ def paired_timeline(
 ) -> Timeline:
     """The timeline of columns with one entry per change; a change is undone by the next one with the same key.
 
+    Without `start_bytes` it begins with as much as is freed that no change has made, which is the least there was.
     Columns, because a trace may have tens of millions of changes.
     """
     births = change > 0
@@ -167,8 +165,9 @@ def paired_timeline(
     # A change frees what the one before it made, if there is one of the same key and it made something.
     frees = np.zeros(len(change), dtype=bool)
     frees[order[1:][same]] = births[order[:-1][same]]
+    unmatched = np.flatnonzero(~births & ~frees)
     if start_bytes is None:
-        start_bytes = max(0, -int(np.cumsum(change).min(initial=0)))
+        start_bytes = -min(int(change[unmatched].sum()), int(np.cumsum(change).min(initial=0)))
     birth = np.flatnonzero(births)
     return Timeline(
         time_us=time_us,
@@ -178,98 +177,6 @@ def paired_timeline(
         death=ends[birth],
         label=label[birth],
         labels=tuple(labels),
-        unmatched=np.flatnonzero(~births & ~frees),
+        unmatched=unmatched,
         phases=tuple(phases),
-    )
-
-
-# Drawing -------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Band:
-    """One allocation as it is drawn: from each moment on, how many bytes lie below it."""
-
-    allocation: int
-    bytes: int
-    label: str
-    start_ms: tuple[float, ...]
-    below: tuple[int, ...]
-    end_ms: float
-
-    def outline(self) -> list[tuple[float, float]]:
-        """The corners of its polygon: along the lower edge, back along the upper."""
-        edge = []
-        for start, end, below in zip(self.start_ms, (*self.start_ms[1:], self.end_ms), self.below, strict=True):
-            edge += [(start, float(below)), (end, float(below))]
-        return edge + [(time, height + self.bytes) for time, height in reversed(edge)]
-
-
-def bands(timeline: Timeline, most: int) -> list[Band]:
-    """The `most` allocations that take the largest areas (bytes by time), stacked in the order of their birth.
-
-    The others are to be drawn above them all, as the rest up to the total: small allocations come and go by the
-    thousand, and from below would shake everything.
-    """
-    if not len(timeline.change):
-        return []
-    times = np.append(timeline.time_us, timeline.time_us[-1])
-    area = timeline.size * (times[timeline.death] - times[timeline.birth])
-    chosen = np.sort(np.argsort(-area, kind="stable")[:most])
-    changes = [(int(timeline.birth[index]), 1, int(index)) for index in chosen]
-    changes += [
-        (int(timeline.death[index]), 0, int(index)) for index in chosen if timeline.death[index] < len(times) - 1
-    ]
-    freed = [(int(index), 0, -1) for index in timeline.unmatched]
-    stack: list[int] = []
-    height, last = timeline.start_bytes, timeline.milliseconds(times[-1])
-    starts: dict[int, list[float]] = {}
-    below: dict[int, list[int]] = {}
-    ends: dict[int, float] = {}
-    for at, is_birth, index in sorted(changes + freed):
-        now = timeline.milliseconds(times[at])
-        if is_birth:
-            stack.append(index)
-            starts[index], below[index] = [now], [height]
-            height += int(timeline.size[index])
-            continue
-        if index < 0:
-            lost, place = -int(timeline.change[at]), 0
-        else:
-            lost, place = int(timeline.size[index]), stack.index(index)
-            ends[index] = now
-            del stack[place]
-        height -= lost
-        for above in stack[place:]:
-            starts[above].append(now)
-            below[above].append(below[above][-1] - lost)
-    return [
-        Band(
-            allocation=int(index),
-            bytes=int(timeline.size[index]),
-            label=timeline.labels[int(timeline.label[index])],
-            start_ms=tuple(starts[int(index)]),
-            below=tuple(below[int(index)]),
-            end_ms=ends.get(int(index), last),
-        )
-        for index in chosen
-    ]
-
-
-def thinned(timeline: Timeline, most: int = 4000) -> tuple[list[float], list[int], list[int]]:
-    """Milliseconds, total and what was there before, as steps; of many changes the highest of each stretch of time."""
-    if not len(timeline.change):
-        return [0.0], [timeline.start_bytes], [timeline.start_bytes]
-    kept = np.arange(len(timeline.change))
-    if len(kept) > most:
-        span = float(timeline.time_us[-1] - timeline.time_us[0]) or 1.0
-        stretch = ((timeline.time_us - timeline.time_us[0]) / span * (most - 1)).astype(np.int64)
-        order = np.lexsort((timeline.total, stretch))
-        last = np.append(stretch[order][1:] != stretch[order][:-1], True)
-        kept = np.unique(np.append(order[last], [0, len(kept) - 1]))
-    times = [timeline.milliseconds(time) for time in timeline.time_us[kept]]
-    return (
-        [times[0], *times],
-        [timeline.start_bytes, *(int(total) for total in timeline.total[kept])],
-        [timeline.start_bytes, *(int(before) for before in timeline.before[kept])],
     )

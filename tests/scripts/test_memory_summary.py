@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
 import subprocess
@@ -11,8 +12,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import traces
 from snapshots import A100_SNAPSHOT, allocated, freed, segment, snapshot, written
 from source_files import load_script, status_of
+from traces import change, function, named, operator
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +75,74 @@ def test_the_plot_is_written_as_svg_and_as_png_of_one_name(script: ModuleType, t
     assert sorted(made.name for made in (tmp_path / "made").iterdir()) == [f"{base}.png", f"{base}.svg"]
 
 
+# Traces --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> Path:
+    """A megabyte on the CPU and two on a GPU, in a file whose name tells nothing."""
+    events = [
+        function("/work/model.py(190): forward", 0, 50),
+        named("softmax", 2, 40),
+        operator("aten::exp", 5, 10),
+        change(2**20, 10, 1),
+        change(8, 45, 2),
+        change(2**21, 12, 1, **{"Device Type": 1, "Device Id": 0, "Total Allocated": 2**22, "Total Reserved": 2**23}),
+    ]
+    path = tmp_path / "file"
+    path.write_bytes(gzip.compress(traces.written(tmp_path / "plain", events).read_bytes()))
+    return path
+
+
+def test_a_trace_is_summarised_as_a_snapshot_is(
+    script: ModuleType, trace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert status_of(script, trace, "--under", "softmax", "--plot", trace.with_name("plot")) == 0
+    text = capsys.readouterr().out
+    for shown in (
+        "**Memory of the CPU, 2 events**",
+        "1,048,584 | 1.000",
+        "model.py:190 forward",
+        "trace of device 0 too",
+    ):
+        assert shown in text
+    assert "allocated under softmax: 1 allocation, 1,048,576 bytes" in text
+    assert "peak reserved" not in text
+    assert trace.with_name("plot.png").exists()
+    assert b"by function" in trace.with_name("plot.svg").read_bytes()
+
+
+def test_a_traces_json_and_csv_leave_empty_what_it_does_not_know(
+    script: ModuleType, trace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert status_of(script, trace, "--format", "json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["device"], found["unit"], found["peak_allocated_bytes"]) == ("cpu", "function", 2**20 + 8)
+    assert [found[name] for name in ("peak_reserved_bytes", "before_trace_bytes", "missing_from_segments_bytes")] == [
+        *(None, None, None)
+    ]
+    assert found["largest"][0]["trace"] == ["aten::exp", "/work/model.py:190 forward"]
+    assert status_of(script, trace, "--format", "csv") == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    totals = {row["name"]: row["total_bytes"] for row in rows if row["section"] == "total"}
+    assert totals == {
+        "peak_allocated": str(2**20 + 8),
+        "peak_reserved": "",
+        "before_trace": "",
+        "before_trace_at_peak": "0",
+    }
+
+
+@pytest.mark.parametrize("name", ["0", "cuda:0"])
+def test_of_a_trace_another_device_can_be_read(
+    script: ModuleType, trace: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    assert status_of(script, trace, "--device", name, "--format", "json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["device"], found["other_devices"], found["peak_reserved_bytes"]) == (0, ["cpu"], 2**23)
+    assert (found["before_trace_bytes"], found["peak_allocated_bytes"]) == (2**21, 2**22)
+
+
 # Mistakes ------------------------------------------------------------------------------------------------------
 
 
@@ -118,6 +189,34 @@ def test_what_was_misspelt_or_cannot_be_written_is_one_sentence(
     assert "--top takes a number of rows from 1 on, found 0" in fault(script, capsys, A100_SNAPSHOT, "--top", "0")
     assert "there is one of 0" in fault(script, capsys, A100_SNAPSHOT, "--device", "3")
     assert "unknown frame 'attenshun'" in fault(script, capsys, A100_SNAPSHOT, "--under", "attenshun")
+    assert "unknown device 'gpu'" in fault(script, capsys, A100_SNAPSHOT, "--device", "gpu")
+    assert "tells of GPUs alone" in fault(script, capsys, A100_SNAPSHOT, "--device", "cpu")
     (tmp_path / "occupied").write_text("")
     assert status_of(script, A100_SNAPSHOT, "--plot", tmp_path / "occupied" / "plot") == 2
     assert "cannot write" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"", "is empty"),
+        (b"text", "is neither a memory snapshot nor a Chrome trace"),
+        (b"PK\x03\x04 as torch.save writes", "is neither a memory snapshot nor a Chrome trace"),
+        (b'{"traceEvents": [{"ph": "i", "na', "is no trace: expected JSON"),
+        (b'{"traceEvents": []}', "has no memory events"),
+        (b"\x1f\x8bnothing", "is cut off or damaged"),
+        (b"\x80", "is truncated or damaged"),
+    ],
+)
+def test_what_is_neither_a_snapshot_nor_a_trace_is_one_sentence(
+    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, told: str
+) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    assert told in fault(script, capsys, path)
+
+
+def test_a_device_that_a_trace_does_not_tell_of_is_one_sentence(
+    script: ModuleType, trace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "no memory events of device 3; there are some of 0, cpu" in fault(script, capsys, trace, "--device", "3")
