@@ -51,7 +51,7 @@ MEASURING = ("bench", "experiments", "workbook", "presentation", "analysis")
 SYSTEMS = ("model", "loss", "optimizer", "attention", "profiling")
 FORBIDDEN: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(SYSTEMS, MEASURING),
-    "bench": (*SYSTEMS, "experiments", "workbook", "presentation"),
+    "bench": ("model", "loss", "optimizer", "attention", "experiments", "workbook", "presentation"),
     "analysis": ("bench", "experiments", "workbook", "presentation"),
     "experiments": ("workbook", "presentation"),
     "presentation": ("workbook",),
@@ -69,6 +69,11 @@ def module_names() -> list[str]:
 
 def rooms_imported(path: Path) -> set[str]:
     """The rooms (first level of the package) that a file imports, anywhere in it."""
+    return {name.split(".")[1] for name in modules_imported(path)}
+
+
+def modules_imported(path: Path) -> set[str]:
+    """The modules of the package that a file imports, anywhere in it."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -79,7 +84,7 @@ def rooms_imported(path: Path) -> set[str]:
                 found |= {f"cs336_systems.{alias.name}" for alias in node.names}
             elif str(node.module).startswith("cs336_systems."):
                 found.add(str(node.module))
-    return {name.split(".")[1] for name in found}
+    return found
 
 
 def files_of(room: str) -> list[Path]:
@@ -127,6 +132,12 @@ def test_a_room_imports_nothing_of_the_rooms_that_it_must_not_know(room: str) ->
     assert files_of(room), f"there is no {room}"
     for path in files_of(room):
         assert rooms_imported(path) & set(FORBIDDEN[room]) == set(), path
+
+
+@pytest.mark.parametrize("room", ["model", "attention", "bench"])
+def test_what_is_measured_and_what_times_it_know_of_profiling_the_ranges_alone(room: str) -> None:
+    used = {name for path in files_of(room) for name in modules_imported(path) if ".profiling" in name}
+    assert used == {"cs336_systems.profiling.ranges"}
 
 
 def test_no_room_imports_scripts_or_tests() -> None:

@@ -115,16 +115,17 @@ def saved_by_block(
         "positions of the row maxima": scores.rows * _INT64,
         "exponentials of softmax": scores.rows * seq_len * exponential,
         "row sums of softmax": scores.rows * exponential,
-        "weights of softmax": scores.matrix_bytes,
         "V": stream,
+        "weights of softmax": scores.matrix_bytes,
         "output of the heads": stream,
     }
     saved |= {f"norm 2: {item}": size for item, size in norm.items()}
-    saved |= _inputs("norm 2", ("w1", "w3"), stream, autocast)
-    saved["output of w1"] = hidden
+    of_w1, *of_w3 = _inputs("norm 2", ("w1", "w3"), stream, autocast).items()
+    saved |= dict([of_w1]) | {"output of w1": hidden}
     if not is_fused:
         saved["sigmoid"] = hidden
-    return saved | {"silu": hidden, "output of w3": hidden, "input of w2": hidden}
+    # The input of w3 is cast when w3 is called, after the sigmoid.
+    return saved | dict(of_w3) | {"silu": hidden, "output of w3": hidden, "input of w2": hidden}
 
 
 def _saved_by_norm(tokens: int, d_model: int, itemsize: int, *, is_one_operator: bool) -> dict[str, int]:

@@ -203,6 +203,10 @@ class PublishedPeak:
     """Why it is to be doubted, if it is."""
 
 
+LARGEST_ALLOCATION_BYTES, LARGEST_ALLOCATION_CONTEXT = 104_857_600, 512
+"""The largest allocations that were read off the forward's timeline, and its context."""
+
+
 class PublishedPeaks:
     """Peaks read off memory_viz."""
 

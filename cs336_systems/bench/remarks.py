@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from cs336_systems.bench.report import Finding, Table, number_of_cases, plural, verbatim
+from cs336_systems.bench.report import Column, Finding, Table, number_of_cases, plural, verbatim
 
 
 def circumstances(summary: pd.DataFrame) -> str:
@@ -73,6 +73,13 @@ def by_machine(summary: pd.DataFrame, table: Callable[[pd.DataFrame], Table]) ->
     return dataclasses.replace(
         made, headings=("machine", *made.headings), alignments=("left", *made.alignments), rows=machines
     )
+
+
+def without_record(row: pd.Series, caption: str, notes: Callable[[pd.DataFrame], list[str]]) -> Table:
+    """What stands in the place of a table whose every row is of one record, as long as that is missing."""
+    status = Column("record", lambda found: str(found.status), "left")
+    rows = pd.DataFrame([row])
+    return Table.of(rows, [status], caption=caption, notes=notes(rows))
 
 
 def enumerated(texts: Sequence[str], most: int = 12) -> str:

@@ -373,6 +373,19 @@ def predicted_seconds(case: Case, peaks: Peaks, slowdown: float) -> float:
     return (case.warmup + case.steps) * floor_ms * slowdown / 1e3
 
 
+def published_beside(published: PublishedSteps, case: Case) -> dict[str, float]:
+    """What others measured of the same step; see `PublishedSteps.beside`."""
+    return published.beside(
+        case.config,
+        phase=case.phase,
+        batch_size=case.batch_size,
+        autocast=case.autocast,
+        tf32=case.float32_matmul == "high",
+        compiled=case.compile,
+        warmup=case.warmup,
+    )
+
+
 def predict(cases: Sequence[Case], peaks: Peaks) -> pd.DataFrame:
     """One row per case: parameters, FLOPs, compulsory bytes and floor, from the architecture alone."""
     rows = []
@@ -437,15 +450,7 @@ def summarise(
             "peak_bytes": describe_memory(record.measurement.values),
             "noise": "; ".join(record.noise.get("flags", [])),
             "stale": "; ".join(record.stale_reasons(fingerprint)) if fingerprint and record.status != "missing" else "",
-            **published.beside(
-                case.config,
-                phase=case.phase,
-                batch_size=case.batch_size,
-                autocast=case.autocast,
-                tf32=case.float32_matmul == "high",
-                compiled=case.compile,
-                warmup=case.warmup,
-            ),
+            **published_beside(published, case),
         }
         rows.append(row | {"times_bound": row["median_ms"] / floor_ms})
     return pd.DataFrame(rows)

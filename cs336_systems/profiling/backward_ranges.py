@@ -13,7 +13,7 @@ Source: torch.Tensor.register_hook.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,7 @@ from cs336_systems.profiling.ranges import recorded_range
 
 
 @contextlib.contextmanager
-def record_backward_ranges(blocks: Sequence[nn.Module]) -> Iterator[None]:
+def record_backward_ranges(blocks: Iterable[nn.Module]) -> Iterator[None]:
     """For what is forwarded within, the backward of the n-th block is a range called `backward of block n`."""
     marks = _Marks()
     handles = []

@@ -10,12 +10,12 @@ import dataclasses
 import re
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cs336_systems.errors import UserError
+from cs336_systems.errors import UserError, unknown_name
 from cs336_systems.profiling.stacks import Stack
 from cs336_systems.profiling.timeline import Timeline
 
@@ -73,6 +73,25 @@ class MemoryHistory:
     def place(self, allocation: int) -> str:
         """The line, function or operator that an allocation is put down to."""
         return self.timeline.labels[int(self.timeline.label[allocation])]
+
+    def within(self, name: str) -> Self:
+        """What happened while the range called `name` was open, the first time, as if that alone had been recorded.
+
+        Raises:
+            UserError: there is no such range.
+        """
+        timeline = self.timeline
+        phase = next((phase for phase in timeline.phases if phase.name == name), None)
+        if phase is None:
+            raise unknown_name("range", name, dict.fromkeys(phase.name for phase in timeline.phases))
+        part = timeline.within(phase)
+        return dataclasses.replace(
+            self, timeline=part, events=len(part.change), **self._columns_of(timeline.allocated_in(phase))
+        )
+
+    def _columns_of(self, allocations: NDArray[np.int64]) -> dict[str, Any]:
+        """Of some allocations the fields that have an entry for each."""
+        return {"stacks": self.stacks[allocations]}
 
     @cached_property
     def freed_from_before(self) -> int:

@@ -110,6 +110,46 @@ class Timeline:
         peak = self.peak_index
         return np.flatnonzero((self.birth <= peak) & (self.death > peak))
 
+    def changes_in(self, phase: Phase) -> slice:
+        """The changes while a phase was open."""
+        end_us = float("inf") if phase.end_us is None else phase.end_us
+        first, last = np.searchsorted(self.time_us, (phase.start_us, end_us))
+        return slice(int(first), int(last))
+
+    def left_by(self, phase: Phase, *, until: Phase) -> int:
+        """Bytes that were allocated during `phase` and were still there when `until` ended."""
+        made, end = self.changes_in(phase), self.changes_in(until).stop
+        is_left = (self.birth >= made.start) & (self.birth < made.stop) & (self.death >= end)
+        return int(self.size[is_left].sum())
+
+    def allocated_in(self, phase: Phase) -> Integers:
+        """The allocations that were made while a phase was open, in the order of their birth."""
+        made = self.changes_in(phase)
+        return np.flatnonzero((self.birth >= made.start) & (self.birth < made.stop))
+
+    def within(self, phase: Phase) -> Timeline:
+        """What happened while a phase was open, as if recording had begun and ended with it."""
+        part, kept = self.changes_in(phase), self.allocated_in(phase)
+        count = part.stop - part.start
+        earlier = self.birth < part.start
+        of_earlier = self.death[earlier & (self.death >= part.start) & (self.death < part.stop)]
+        of_before = self.unmatched[(self.unmatched >= part.start) & (self.unmatched < part.stop)]
+        return Timeline(
+            time_us=self.time_us[part],
+            change=self.change[part],
+            start_bytes=int(self.total[part.start - 1]) if part.start else self.start_bytes,
+            birth=self.birth[kept] - part.start,
+            death=np.minimum(self.death[kept] - part.start, count),
+            label=self.label[kept],
+            labels=self.labels,
+            unmatched=np.sort(np.concatenate((of_earlier, of_before))) - part.start,
+            phases=tuple(
+                dataclasses.replace(inner, depth=inner.depth - phase.depth - 1)
+                for inner in self.phases
+                if inner.depth > phase.depth and phase.start_us <= inner.start_us <= (phase.end_us or float("inf"))
+            ),
+        )
+
     def phases_at(self, time_us: float) -> list[Phase]:
         """The phases that are open at a moment, from the outermost in."""
         found = [phase for phase in self.phases if phase.start_us <= time_us <= (phase.end_us or float("inf"))]

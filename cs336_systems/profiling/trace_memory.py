@@ -84,6 +84,9 @@ class TraceMemory(MemoryHistory):
         """For each frame of the stack a number that only this call of it has."""
         return self.known_calls.outwards(int(self.innermost[allocation]))
 
+    def _columns_of(self, allocations: NDArray[np.int64]) -> dict[str, Any]:
+        return super()._columns_of(allocations) | {"innermost": self.innermost[allocations]}
+
 
 def read_trace_memory(path: Path, device: Device | None = None, *, start_bytes: int | None = None) -> TraceMemory:
     """The memory of `device` in a trace (.json, .json.gz), or of the one with most events.

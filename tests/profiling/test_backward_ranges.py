@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from cs336_systems.model import SIZES, TransformerLM
+from cs336_systems.model import SIZES, build_model
 from cs336_systems.profiling import backward_ranges
 from cs336_systems.profiling.backward_ranges import record_backward_ranges
 
@@ -25,6 +27,10 @@ class Model(nn.Module):
         return x
 
 
+def profiled() -> torch.profiler.profile:
+    return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+
+
 def spans_of(profile: torch.profiler.profile) -> dict[str, tuple[float, float]]:
     """Start and end of each range of a block's backward."""
     found = [event for event in profile.events() if event.name.startswith("backward of block")]
@@ -35,9 +41,8 @@ def spans_of(profile: torch.profiler.profile) -> dict[str, tuple[float, float]]:
 def test_blocks_show_from_the_last_to_the_first_and_none_overlaps_another() -> None:
     model = Model(3)
     x = torch.randn(2, 8, requires_grad=True)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        with record_backward_ranges(model.layers):
-            model(x).sum().backward()
+    with profiled() as profile, record_backward_ranges(model.layers):
+        model(x).sum().backward()
     spans = spans_of(profile)
     assert sorted(spans, key=lambda name: spans[name][0]) == [f"backward of block {index}" for index in (2, 1, 0)]
     for later, earlier in ((1, 2), (0, 1)):
@@ -46,9 +51,8 @@ def test_blocks_show_from_the_last_to_the_first_and_none_overlaps_another() -> N
 
 def test_all_of_a_blocks_gradients_are_made_within_its_range() -> None:
     model = Model(3)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        with record_backward_ranges(model.layers):
-            model(torch.randn(2, 8, requires_grad=True)).sum().backward()
+    with profiled() as profile, record_backward_ranges(model.layers):
+        model(torch.randn(2, 8, requires_grad=True)).sum().backward()
     spans = spans_of(profile)
     products = [event for event in profile.events() if event.name == "aten::mm" and _in_backward(event)]
     # Of each linear layer the gradient of its weight and of its input.
@@ -57,7 +61,7 @@ def test_all_of_a_blocks_gradients_are_made_within_its_range() -> None:
     assert len(products) == 6
 
 
-def _in_backward(event: torch.autograd.profiler_util.FunctionEvent) -> bool:
+def _in_backward(event: Any) -> bool:
     while event is not None:
         if "evaluate_function" in event.name:
             return True
@@ -66,17 +70,18 @@ def _in_backward(event: torch.autograd.profiler_util.FunctionEvent) -> bool:
 
 
 def test_gradients_are_the_same_with_and_without_the_ranges() -> None:
-    size = SIZES["tiny"]
     torch.manual_seed(1)
-    model = TransformerLM(**size.course_arguments())
-    tokens = torch.randint(size.vocab_size, (1, 16))
+    model = build_model(SIZES["tiny"])
+    tokens = torch.randint(SIZES["tiny"].vocab_size, (1, 16))
     model(tokens).square().mean().backward()
     without = [parameter.grad for parameter in model.parameters()]
     model.zero_grad()
+    assert isinstance(model.layers, nn.ModuleList)
     with record_backward_ranges(model.layers):
         model(tokens).square().mean().backward()
     for parameter, gradient in zip(model.parameters(), without, strict=True):
         assert parameter.grad is not None
+        assert gradient is not None
         assert torch.equal(parameter.grad, gradient)
 
 
@@ -103,10 +108,12 @@ def test_nothing_is_left_on_the_blocks_afterwards_nor_any_range_open_after_a_fai
         raise RuntimeError("in the middle of the backward")
 
     x = torch.randn(2, 8, requires_grad=True)
-    with pytest.raises(RuntimeError, match="in the middle"), record_backward_ranges(model.layers):
+    with record_backward_ranges(model.layers):
         hidden = model.layers[0](x)
         hidden.register_hook(fail)
-        model.layers[1](hidden).sum().backward()
+        loss = model.layers[1](hidden).sum()
+        with pytest.raises(RuntimeError, match="in the middle"):
+            loss.backward()
     assert opened == closed == ["backward of block 1", "backward of block 0"][: len(opened)]
     assert opened
     before = len(opened)

@@ -41,7 +41,7 @@ def main() -> None:
             cells = toy_experiment.grid(numbers=range(cases), seconds=0.002)
             sweep.run(toy_experiment, cells, store=store, machine=machine)
             os._exit(0)
-        # On a busy machine a child takes long to its first case: the moment is some cases after the start, and some time.
+        # A busy machine's child takes long to its first case: the moment is some cases after the start, and some time.
         enough, reader, announced = chance.randrange(8), EventReader(events), 0
         while announced < enough and os.waitpid(child, os.WNOHANG) == (0, 0):
             time.sleep(0.001)

@@ -1,0 +1,489 @@
+"""Problem `nsys_profile` as tables, a figure and sentences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from cs336_systems.analysis.published import A100
+from cs336_systems.bench import remarks
+from cs336_systems.bench.remarks import circumstances, enumerated, marks, staleness
+from cs336_systems.bench.report import (
+    COLOURS,
+    MISSING,
+    Column,
+    Finding,
+    Findings,
+    Picture,
+    Table,
+    escaped,
+    figure_style,
+    number,
+    percent,
+    plural,
+    verbatim,
+    with_deviation,
+)
+from cs336_systems.experiments.step_profile import PRODUCTS
+from cs336_systems.presentation.transformer_step import identity, published_text, shared_choices
+from cs336_systems.profiling.categories import CATEGORIES
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+TOP = 8
+PHASES_OF_STEP = ("forward", "loss", "backward", "optimizer")
+NAME_WIDTH = 90
+"""Characters of a kernel's name that a table shows; template arguments may take thousands."""
+
+
+def prediction(predicted: pd.DataFrame) -> Table:
+    """What share of the time products should have at most, before anything runs."""
+    columns = [
+        *identity(predicted),
+        Column("floor of the phase (ms)", lambda row: number(row.bound_ms)),
+        Column("share of products, at most", lambda row: percent(row.product_share)),
+        Column("softmax / products of attention: FLOPs", lambda row: number(row.softmax_flops_ratio, 2)),
+        Column("bytes moved", lambda row: number(row.softmax_traffic_ratio, 2)),
+    ]
+    ceilings = predicted["ceilings"].iloc[0] if len(predicted) else "no machine"
+    notes = [
+        "The share is that of a step whose every part is a single kernel at its ceiling; operators that are not fused "
+        "move more bytes than that. Bytes moved are those of the reference's operators."
+    ]
+    return Table.of(predicted, columns, caption=f"Where the time should go on {ceilings}, predicted", notes=notes)
+
+
+# The stopwatch -------------------------------------------------------------------------------------------------
+
+
+def stopwatch(summary: pd.DataFrame) -> Table:
+    """Part (a): whole steps by the stopwatch, under the profiler, and as the profile has them."""
+    columns = [
+        *identity(summary),
+        Column("stopwatch (ms)", partial(_timed, name="stopwatch")),
+        Column("under the profiler (ms)", partial(_timed, name="profiled")),
+        Column("ratio", lambda row: number(row.profiled_ms / row.stopwatch_ms, 3)),
+        Column("range open (ms)", lambda row: number(row.open_ms, 4)),
+        Column(f"{_units(summary)} busy (ms)", lambda row: number(row.busy_ms, 4)),
+        Column(_units(summary), lambda row: _count(row.instances)),
+        Column("floor (ms)", lambda row: number(row.bound_ms)),
+        Column("stopwatch / floor", lambda row: number(row.stopwatch_ms / row.bound_ms, 2)),
+        Column(f"{A100} (ms)", lambda row: published_text(row.a100_ms, row.a100_std_ms)),
+    ]
+    rows = whole_phases(summary)
+    note = "Medians of whole steps with their synchronisation. Busy is when at least one of them ran."
+    return Table.of(rows, columns, caption=caption(summary, "Stopwatch and profiler"), notes=[note, *_notes(rows)])
+
+
+def elsewhere(summary: pd.DataFrame) -> Table | Finding:
+    """The published records of all machines."""
+    return remarks.by_machine(whole_phases(summary), stopwatch)
+
+
+def whole_phases(summary: pd.DataFrame) -> pd.DataFrame:
+    """Of each record the range that is its phase."""
+    if not len(summary):
+        return summary
+    whole = summary["phase"].map({"forward": "forward", "forward-backward": "backward", "step": "step"})
+    return summary[summary["range"] == whole]
+
+
+def _timed(row: Any, name: str) -> str:
+    if row.status != "ok":
+        return str(row.status)
+    return with_deviation(getattr(row, f"{name}_ms"), getattr(row, f"std_{name}_ms")) + marks(row)
+
+
+def _units(summary: pd.DataFrame) -> str:
+    """What the profiles count: kernels on a GPU, operators on a CPU."""
+    kinds = set(summary["unit"]) if len(summary) else set()
+    return f"{kinds.pop()}s" if len(kinds) == 1 else "kernels or operators"
+
+
+def _count(instances: float) -> str:
+    return MISSING if instances != instances else f"{instances:,.0f}"
+
+
+def caption(summary: pd.DataFrame, what: str) -> str:
+    """What all rows share, from the records themselves."""
+    if not len(summary):
+        return "No records"
+    first = summary.iloc[0]
+    settings = [circumstances(summary), f"batch {first['batch_size']}", *shared_choices(summary)]
+    return f"{what}: {', '.join(settings)}; {plural(int(first['steps']), 'recorded step')}"
+
+
+def _notes(summary: pd.DataFrame) -> list[str]:
+    return remarks.notes_below(summary, _name) if len(summary) else []
+
+
+def _name(row: pd.Series) -> str:
+    return f"{row['phase']} of {_model(row)}"
+
+
+def _model(row: pd.Series) -> str:
+    autocast = "" if row["autocast"] == "none" else f" under {row['autocast']} autocast"
+    return f"{row['size']} at context {row['context_length']}{autocast}"
+
+
+# Kernels -------------------------------------------------------------------------------------------------------
+
+
+def kernels(summary: pd.DataFrame, range_name: str = "forward", top: int = TOP) -> Table | Finding:
+    """Part (b): of the largest case the kernels of a range that take the most time, in Nsight Systems' columns."""
+    row = largest(summary, range_name)
+    if row is None:
+        return Finding(f"No case that has a range {range_name} could be profiled: the table above says why.")
+    within = "alone" if row["phase"] == range_name else f"within a {row['phase']}"
+    what = f"{range_name.capitalize()} of {_model(row)}, {within}, on {row['machine']}, by {row['unit']}"
+    shown = pd.DataFrame(row["kernels"][:top])
+    if not len(shown):
+        return remarks.without_record(row, what, _notes)
+    columns = [
+        Column("time %", lambda kernel: f"{100 * kernel.share:.1f}"),
+        Column("total (ms)", lambda kernel: number(kernel.total_ms, 4)),
+        Column("instances", lambda kernel: _count(kernel.instances)),
+        Column("average (ms)", lambda kernel: number(kernel.total_ms / kernel.instances, 4)),
+        Column("median (ms)", lambda kernel: number(kernel.median_ms, 4)),
+        Column("min (ms)", lambda kernel: number(kernel.min_ms, 4)),
+        Column("max (ms)", lambda kernel: number(kernel.max_ms, 4)),
+        Column("std (ms)", lambda kernel: number(kernel.std_ms, 4)),
+        Column("category", lambda kernel: kernel.category, "left"),
+        Column(row["unit"], lambda kernel: verbatim(shortened(kernel.name)), "left"),
+    ]
+    own = " Times are the operators' own, without what they call." if row["unit"] == "operator" else ""
+    left = row["total_ms"] - shown["total_ms"].sum()
+    note = (
+        f"Total and instances are per step; the others of single {row['unit']}s.{own} Not shown are "
+        f"{percent(max(0.0, left) / row['total_ms'])} of the time."
+    )
+    return Table.of(shown, columns, caption=what, notes=[note])
+
+
+def largest(summary: pd.DataFrame, range_name: str) -> pd.Series | None:
+    """The row of a range that does the most work, measured or yet to be; of a forward one that is alone, if any is."""
+    rows = summary[summary["range"] == range_name] if len(summary) else summary
+    rows = rows[rows["status"].isin(["ok", "missing"])] if len(rows) else rows
+    if not len(rows):
+        return None
+    work = rows["num_layers"] * rows["d_model"] ** 2 * rows["context_length"]
+    alone = (rows["phase"] == range_name) & (rows["autocast"] == "none")
+    return rows.assign(work=work, alone=alone).sort_values(["work", "alone"], kind="stable").iloc[-1]
+
+
+def shortened(name: str) -> str:
+    """A kernel's name with its end left out where it is too long for a table."""
+    return name if len(name) <= NAME_WIDTH else f"{name[: NAME_WIDTH - 1]}…"
+
+
+# Categories ----------------------------------------------------------------------------------------------------
+
+
+def categories(summary: pd.DataFrame) -> Table:
+    """Parts (c) and (d): how every phase's time divides among the kinds of work."""
+    rows = divided(summary)
+    columns = [
+        *identity(rows),
+        Column("range", lambda row: row.range, "left"),
+        Column("time (ms)", lambda row: number(row.total_ms, 4)),
+        *(Column(name, partial(_share, category=name)) for name in CATEGORIES),
+        Column("floor (ms)", lambda row: number(row.range_bound_ms or None)),
+    ]
+    return Table.of(rows, columns, caption=caption(summary, f"Time of {_units(summary)} by kind"), notes=_notes(rows))
+
+
+def divided(summary: pd.DataFrame) -> pd.DataFrame:
+    """The rows that stand for inference (a forward alone), for the phases of a step, and for a whole step."""
+    if not len(summary):
+        return summary
+    shown = summary["range"].isin(["step", *PHASES_OF_STEP])
+    return summary[shown]
+
+
+def _share(row: Any, category: str) -> str:
+    if row.status != "ok" or not row.total_ms:
+        return MISSING
+    share = row.categories.get(category, 0.0) / row.total_ms
+    return MISSING if not share else percent(share)
+
+
+HATCHES = ("", "//", "..", "xx", "\\\\", "++", "")
+
+
+def figure(summary: pd.DataFrame) -> Picture:
+    """A bar for inference and one for a whole step of each case, and of the largest for each phase, by kind of work."""
+    return Picture(f"{caption(summary, 'Share of the time by kind')}; times per step beside", partial(_draw, summary))
+
+
+def _draw(summary: pd.DataFrame) -> Figure:
+    from matplotlib.figure import Figure
+
+    rows = bars(divided(summary))
+    with figure_style():
+        drawing = Figure(figsize=(7.4, 1.3 + 0.24 * max(1, len(rows))))
+        axes = drawing.subplots()
+        places = list(range(len(rows)))[::-1]
+        left = [0.0] * len(rows)
+        colours = (*COLOURS, "#c7ccd4", "#f1f3f5")
+        for category, colour, hatch in zip(CATEGORIES, colours, HATCHES, strict=True):
+            shares = [100 * row.categories.get(category, 0.0) / row.total_ms for row in rows.itertuples()]
+            if any(shares):
+                look: dict[str, Any] = {"color": colour, "edgecolor": "white", "linewidth": 0.5, "hatch": hatch}
+                axes.barh(places, shares, left=left, height=0.8, label=category, **look)
+            left = [before + share for before, share in zip(left, shares, strict=True)]
+        labels = [_bar_name(row) for row in rows.itertuples()]
+        axes.set_yticks(places, labels, fontsize="small")
+        for place, row in zip(places, rows.itertuples(), strict=True):
+            axes.annotate(f" {number(row.total_ms)} ms", (100, place), va="center", fontsize="small")
+        axes.grid(visible=False, axis="y")
+        axes.set(
+            xlim=(0, 100),
+            ylim=(-0.6, max(1, len(rows)) - 0.4),
+            xlabel=f"share of the time of {_units(summary)} (%)",
+            ylabel="case and range",
+        )
+        if len(rows):
+            drawing.legend(loc="outside lower center", ncols=4)
+    return drawing
+
+
+def bars(rows: pd.DataFrame) -> pd.DataFrame:
+    """Of the measured rows those that the figure has room for."""
+    rows = rows[(rows["status"] == "ok") & (rows["total_ms"] > 0)] if len(rows) else rows
+    if not len(rows):
+        return rows
+    step = largest(rows, "step")
+    whole = rows["phase"].eq("forward") | rows["range"].eq("step")
+    return rows[whole if step is None else whole | rows["case"].eq(step["case"])]
+
+
+def _bar_name(row: Any) -> str:
+    where = "inference" if row.phase == "forward" else row.range if row.range != "step" else "whole step"
+    autocast = "" if row.autocast == "none" else f", {row.autocast}"
+    return f"{row.size} {row.context_length}{autocast}: {where}"
+
+
+# Attention -----------------------------------------------------------------------------------------------------
+
+
+def attention(summary: pd.DataFrame) -> Table:
+    """Part (e): softmax beside the two products of attention, by time, FLOPs and bytes moved."""
+    rows = attention_rows(summary)
+    columns = [
+        *identity(rows),
+        Column("scores (ms)", lambda row: number(row.scores_ms)),
+        Column("of it product (ms)", lambda row: number(row.scores_product_ms)),
+        Column("softmax (ms)", lambda row: number(row.softmax_ms)),
+        Column("value product (ms)", lambda row: number(row.value_product_ms)),
+        Column("softmax / products: time", lambda row: number(row.time_ratio, 2)),
+        Column("FLOPs", lambda row: number(row.softmax_flops_ratio, 2)),
+        Column("bytes moved", lambda row: number(row.softmax_traffic_ratio, 2)),
+        Column("attention (ms)", lambda row: number(row.attention_ms)),
+        Column("floor (ms)", lambda row: number(row.attention_floor_ms)),
+    ]
+    note = (
+        "All layers of a forward together. The time ratio is softmax over the product kernels alone; scores also "
+        "divides and masks, and attention has projections, norm and rotary embedding beside."
+    )
+    return Table.of(rows, columns, caption=caption(summary, "Inside attention, forward"), notes=[note, *_notes(rows)])
+
+
+def attention_rows(summary: pd.DataFrame) -> pd.DataFrame:
+    """A row per forward with the times of attention's parts beside one another, where its scores are materialised."""
+    rows = []
+    forward = summary[(summary["phase"] == "forward")] if len(summary) else summary
+    for _, group in forward.groupby("case", sort=False) if len(forward) else ():
+        parts = group.set_index("range")
+        if "softmax" in parts.index:
+            rows.append({**group.iloc[0].to_dict(), **_parts_of_attention(parts)})
+    return pd.DataFrame(rows, columns=None if rows else [*summary.columns, "time_ratio"])
+
+
+def _parts_of_attention(parts: pd.DataFrame) -> dict[str, float]:
+    scores, softmax, value_product, attention = (
+        parts.loc[name] for name in ("scores", "softmax", "value product", "attention")
+    )
+    products_ms = sum(part["total_ms"] * part["product_share"] for part in (scores, value_product))
+    return {
+        "scores_ms": scores["total_ms"],
+        "scores_product_ms": scores["total_ms"] * scores["product_share"],
+        "softmax_ms": softmax["total_ms"],
+        "value_product_ms": value_product["total_ms"],
+        "attention_ms": attention["total_ms"],
+        "attention_floor_ms": attention["range_bound_ms"],
+        "time_ratio": softmax["total_ms"] / products_ms if products_ms else math.nan,
+    }
+
+
+# Findings ------------------------------------------------------------------------------------------------------
+
+
+def findings(summary: pd.DataFrame) -> Findings:
+    """The answers to (a) to (e)."""
+    if not len(summary):
+        return Findings([Finding("No case was measured: run `python scripts/measure.py step_profile`.")])
+    if not summary["status"].isin(["ok", "missing"]).any():
+        return Findings([Finding("No case has a profile; the notes of the table say why.")])
+    forward = summary[summary["phase"] == "forward"]
+    plain = summary[summary["autocast"] == "none"]
+    return Findings(
+        [
+            *Finding.from_all(forward, "How forward under the profiler compares with the stopwatch", profiling_cost),
+            *Finding.from_all(plain, "Which kernel takes the most time", top_kernel),
+            *Finding.from_all(forward, "What matters beside matrix products", beside_products),
+            *Finding.from_all(plain, "How the share of matrix products changes with training", product_shares),
+            *Finding.from_all(forward, "How softmax compares with the products of attention", softmax_beside_products),
+            *staleness(summary),
+        ]
+    )
+
+
+def profiling_cost(rows: pd.DataFrame) -> Finding | None:
+    """Part (a)."""
+    measured = whole_phases(rows[rows["status"] == "ok"])
+    quiet = measured[measured["noise"] == ""]
+    if not len(measured):
+        return None
+    if not len(quiet):
+        return Finding("How forward under the profiler compares cannot be told: every time is noisy.")
+    ratio = quiet["profiled_ms"] / quiet["stopwatch_ms"]
+    span = f" ({number(ratio.min(), 3)} to {number(ratio.max(), 3)})" if len(ratio) > 1 else ""
+    return Finding.checked(
+        f"(a) Under the profiler forward takes {number(ratio.median(), 3)} times what the stopwatch says without it, "
+        f"the median of {plural(len(quiet), 'quiet case')}{span}",
+        bool(abs(ratio.median() - 1) <= 0.1),
+        so=": the profile may be read for times.",
+        but=": the profile is to be read for shares, and the stopwatch for times.",
+    )
+
+
+def top_kernel(rows: pd.DataFrame) -> Finding | None:
+    """Part (b)."""
+    forward, backward = largest(rows, "forward"), largest(rows, "backward")
+    if forward is None or not forward["kernels"]:
+        return None
+    first = forward["kernels"][0]
+    fact = (
+        f"(b) In forward of {_model(forward)} the {forward['unit']} with the most time is "
+        f"{verbatim(shortened(first['name']))}, with {percent(first['share'])} of it in {_count(first['instances'])} "
+        "calls"
+    )
+    if backward is None or not backward["kernels"]:
+        return Finding(f"{fact}.")
+    then = backward["kernels"][0]
+    return Finding.checked(
+        fact,
+        then["name"] == first["name"],
+        so=f"; in backward it is the same, with {percent(then['share'])} in {_count(then['instances'])} calls.",
+        but=f"; in backward it is {verbatim(shortened(then['name']))}, with {percent(then['share'])}.",
+    )
+
+
+def beside_products(rows: pd.DataFrame) -> Finding | None:
+    """Part (c)."""
+    row = largest(rows, "forward")
+    if row is None:
+        return None
+    others = [kernel for kernel in row["kernels"] if kernel["category"] not in PRODUCTS and kernel["share"] >= 0.01]
+    if not others:
+        return Finding(f"(c) Beside matrix products nothing takes a hundredth of forward ({_model(row)}).")
+    named = [f"{verbatim(shortened(kernel['name']))} {percent(kernel['share'])}" for kernel in others[:5]]
+    return Finding.checked(
+        f"(c) Beside matrix products forward of {_model(row)} spends its time in {enumerated(named)}",
+        all(kernel["category"] in ("elementwise", "copies", "softmax and other reductions") for kernel in others[:5]),
+        so=": operators that do next to no arithmetic on what they move.",
+        but=".",
+    )
+
+
+def product_shares(rows: pd.DataFrame) -> Finding | None:
+    """Part (d)."""
+    inference = largest(rows[rows["phase"] == "forward"], "forward")
+    step = largest(rows[rows["phase"] == "step"], "step")
+    if inference is None or step is None:
+        return None
+    optimizer = largest(rows[rows["phase"] == "step"], "optimizer")
+    share = "" if optimizer is None else f" The optimizer, {percent(optimizer['total_ms'] / step['total_ms'])} of it, "
+    share += "has none." if share else ""
+    return Finding.checked(
+        f"(d) Matrix products are {percent(inference['product_share'])} of inference and "
+        f"{percent(step['product_share'])} of a whole training step ({_model(step)})",
+        bool(step["product_share"] < inference["product_share"]),
+        so=f": training adds more of everything else.{share}",
+        but=f": here training does not lower their share.{share}",
+    )
+
+
+def softmax_beside_products(rows: pd.DataFrame) -> Finding | None:
+    """Part (e)."""
+    known = attention_rows(rows[rows["status"] == "ok"])
+    if not len(known):
+        return None
+    row = known.sort_values(["context_length", "d_model"]).iloc[-1]
+    return Finding.checked(
+        f"(e) In attention of {_model(row)} softmax takes {number(row['time_ratio'], 2)} times as long as the two "
+        f"products, and does {number(row['softmax_flops_ratio'], 2)} times their FLOPs; its operators move "
+        f"{number(row['softmax_traffic_ratio'], 2)} times the bytes",
+        bool(row["time_ratio"] > 3 * row["softmax_flops_ratio"]),
+        so=": its time is that of moving the scores, not of arithmetic.",
+        but=": here its time is about that of its arithmetic.",
+    )
+
+
+# Published -----------------------------------------------------------------------------------------------------
+
+
+def published(rows: pd.DataFrame) -> Table:
+    """The kernels that others published, in the columns of Nsight Systems."""
+    columns = [
+        Column("range", lambda row: row.range, "left"),
+        Column("time %", lambda row: f"{row.time_percent:.1f}"),
+        Column("total (ms)", lambda row: f"{row.total_ms:.3f}"),
+        Column("instances", lambda row: f"{row.instances:,}"),
+        Column("average (ms)", lambda row: f"{row.avg_ms:.3f}"),
+        Column("median (ms)", lambda row: f"{row.median_ms:.3f}"),
+        Column("std (ms)", lambda row: f"{row.std_ms:.3f}"),
+        Column("category", lambda row: row.category, "left"),
+        Column("kernel", lambda row: verbatim(shortened(row.kernel)), "left"),
+    ]
+    note = "forward_nonmatmul lists kernels of forward other than matrix products; of every range the first rows alone."
+    what = f"Published: kernels of GPT-2 XL, batch 4, context 256, float32, on an {A100} under Nsight Systems"
+    return Table.of(rows, columns, caption=what, notes=[escaped(note)])
+
+
+def published_findings(shares: pd.DataFrame, softmax: Mapping[str, float]) -> Findings:
+    """What the published figures say of the same questions."""
+    forward, backward, step = (shares.loc[name] for name in ("forward", "backward", "train_step"))
+    top = Finding.checked(
+        f"(b) On an {A100} others saw {verbatim(forward['kernel'])} take {forward['percent']} % of forward in "
+        f"{forward['instances']} calls",
+        backward["kernel"] == forward["kernel"],
+        so=", and the same lead in backward.",
+        but=f"; in backward {verbatim(shortened(backward['kernel']))} leads, with {backward['percent']} %.",
+    )
+    products = Finding.checked(
+        f"(d) There matrix products are at least {number(forward['products_percent'])} % of forward, and at least "
+        f"{number(step['products_percent'])} % of a training step",
+        bool(step["products_percent"] < forward["products_percent"]),
+        so="; what else was printed of the step are elementwise kernels, of the optimizer's too.",
+        but=".",
+    )
+    measured, traffic = softmax["a100_softmax_us"], softmax["softmax_traffic_us"]
+    moved = Finding.checked(
+        f"(e) One layer's softmax takes {number(measured, 3)} µs there, of "
+        f"{number(softmax['a100_attention_us'], 4)} µs of attention with its projections. It has "
+        f"{number(softmax['softmax_flops_ratio'], 2)} times the FLOPs of the products; moving what its operators read "
+        f"and write takes {number(traffic, 3)} µs at the datasheet's bandwidth",
+        bool(0.7 <= measured / traffic <= 1.5),
+        so=": its time is that of its traffic, part of which the cache keeps.",
+        but=": its time is not that of its traffic alone.",
+    )
+    return Findings([top, products, moved])
+
+
+# Captured under Nsight Systems ---------------------------------------------------------------------------------
