@@ -185,20 +185,26 @@ def profile(wanted: Wanted, folder: Path, machine: Machine, nsys: Nsys, on_part:
     if record is None:
         raise UserError(f"{PROGRAM} ended well and recorded nothing of {wanted.case}: expected the times of its steps")
     program = ["python", PROGRAM.as_posix(), *options, "--data-dir", "FOLDER"]
-    return keep(
-        captured,
-        nsys,
+    made = Profile(
+        folder=folder,
+        name=wanted.name,
         title=str(wanted.case),
         experiment=EXPERIMENT,
         machine=machine.name,
         case=dataclasses.asdict(wanted.case),
         extras=dataclasses.asdict(wanted.extras),
         command=["nsys", "profile", *captured.arguments, *program],
+        nsys=nsys.version,
         torch=torch.__version__,
         finished_utc=utc_now(),
         samples=record.measurement.samples,
         fingerprint=record.fingerprint,
+        ranges=sorted(captured.contents.ranges),
+        kernels=captured.contents.kernels,
+        file_bytes={path.suffix: path.stat().st_size for path in (captured.report, captured.export)},
     )
+    keep(made)
+    return made
 
 
 def record_in(data_dir: Path, machine: Machine) -> Record | None:

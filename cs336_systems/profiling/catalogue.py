@@ -18,7 +18,7 @@ from typing import Any
 
 from cs336_systems.errors import UserError, WorkbookWarning
 from cs336_systems.files import write_atomically
-from cs336_systems.profiling.nsys_capture import EXPORT, REPORT, Captured, Nsys
+from cs336_systems.profiling.nsys_capture import EXPORT, REPORT
 
 SCHEMA = 1
 SIDECAR = ".json"
@@ -67,30 +67,16 @@ def profile_name(words: list[str], case: dict[str, Any], extras: dict[str, Any])
     return "-".join([*words, hashlib.sha256(asked.encode()).hexdigest()[:8]])
 
 
-def keep(captured: Captured, nsys: Nsys, **known: Any) -> Profile:
-    """Write down what a profile is of; with that it is whole.
-
-    Args:
-        known: the fields of `Profile` that neither the files nor `nsys` tell.
+def keep(profile: Profile) -> None:
+    """Write down what a profile is of, its other files being there; with that it is whole.
 
     Raises:
         UserError: it cannot be written.
     """
-    files = (captured.report, captured.export)
-    profile = Profile(
-        folder=captured.report.parent,
-        name=captured.report.name.removesuffix(REPORT),
-        nsys=nsys.version,
-        ranges=sorted(captured.contents.ranges),
-        kernels=captured.contents.kernels,
-        file_bytes={path.suffix: path.stat().st_size for path in files},
-        **known,
-    )
     content = dataclasses.asdict(profile) | {"schema": SCHEMA}
     del content["folder"], content["name"]  # which the file has already, and which copying may change
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     write_atomically(profile.folder / f"{profile.name}{SIDECAR}", text.encode())
-    return profile
 
 
 def profiles(folder: Path) -> list[Profile]:
