@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sqlite3
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
 
@@ -65,12 +66,39 @@ def read_export(path: Path) -> Recording:
     Raises:
         UserError: the file is cut off, no export, or lacks what the figures need.
     """
+    with _reading(path) as export:
+        return export.recording()
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """What an export has, whether figures can be made of it or not."""
+
+    ranges: frozenset[str]
+    """The names of its ranges."""
+    kernels: int
+    """How many kernels ran, and CUDA graphs in the place of theirs."""
+
+
+def contents_of(path: Path) -> Contents:
+    """What an export has, when every page of the file is as it should be.
+
+    Raises:
+        UserError: the file is damaged, cut off, no SQLite file, or has no ranges.
+    """
+    with _reading(path) as export:
+        return export.contents()
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[_Export]:
+    """An open export; that it is damaged is told as a UserError."""
     with contextlib.closing(_open(path)) as connection:
         try:
             # Functions in the file's own schema are not to be run, nor anything to be written.
             connection.execute("PRAGMA trusted_schema = OFF")
             connection.execute("PRAGMA query_only = ON")
-            return _Export(path, connection, _columns(connection)).recording()
+            yield _Export(path, connection, _columns(connection))
         except (sqlite3.Error, OverflowError) as error:
             raise UserError(
                 f"{path} cannot be read as an SQLite file ({error}): it is damaged or cut off; "
@@ -121,6 +149,16 @@ class _Export:
                 f"Still open when the recording ended, and taken to end there: {int(still_open.sum())} of the ranges"
             )
         return Recording(work=work, ranges=ranges, unit="kernel", notes=tuple(self.notes))
+
+    def contents(self) -> Contents:
+        (verdict,) = self.connection.execute("PRAGMA quick_check(1)").fetchone()
+        if verdict != "ok":
+            raise sqlite3.DatabaseError(verdict)
+        if not self._rows(RANGES):
+            raise self._no_ranges(f"its table {RANGES} is missing or empty")
+        counted = [f"SELECT COUNT(*) FROM {table}" for table in (KERNELS, GRAPHS) if table in self.columns]
+        kernels = sum(int(self.connection.execute(query).fetchone()[0]) for query in counted)
+        return Contents(frozenset(self._ranges()["name"]), kernels)
 
     # What is there -------------------------------------------------------------------------------------------
 

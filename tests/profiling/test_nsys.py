@@ -12,7 +12,7 @@ from nsys_exports import AUTOGRAD, MARK, PROCESS, SCHEMAS, START_END, Export, Sc
 
 from cs336_systems.errors import UserError
 from cs336_systems.profiling.kernels import occurrences, outside, overview, summarise
-from cs336_systems.profiling.nsys import COPY_KINDS, read_export
+from cs336_systems.profiling.nsys import COPY_KINDS, contents_of, read_export
 from cs336_systems.profiling.recordings import read_recording
 
 GEMM, ADD = "ampere_sgemm_128x64_tn", "void at::native::vectorized_elementwise_kernel<4, add>(int)"
@@ -297,3 +297,33 @@ def test_reading_leaves_the_file_and_its_folder_as_they_are(path: Path) -> None:
 @pytest.mark.parametrize("name", ["a file?mode=rwc#%41.sqlite", "ä ö.sqlite"])
 def test_any_name_of_a_file_is_taken_as_it_is(tmp_path: Path, name: str) -> None:
     assert len(overview(read_export(training().write(tmp_path / name)))) == 4
+
+
+# What a file has -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_contents_are_the_ranges_and_how_many_kernels_and_graphs_ran(path: Path, schema: Schema) -> None:
+    export = training()
+    export.graph(launched=40, start=6000, end=6700)
+    contents = contents_of(export.write(path, schema))
+    assert contents.ranges == {"step", "forward", "scores", "backward"}
+    assert contents.kernels == len(export.kernels) + 1
+
+
+def test_a_file_without_kernels_has_contents_although_it_gives_no_figures(path: Path) -> None:
+    export = Export()
+    export.range("forward", 0, 100)
+    contents = contents_of(export.write(path))
+    assert contents.ranges == {"forward"}
+    assert contents.kernels == 0
+    with pytest.raises(UserError, match="has no GPU work"):
+        read_export(path)
+
+
+def test_contents_of_a_file_that_is_cut_off_anywhere_are_an_error(path: Path) -> None:
+    whole = training().write(path).read_bytes()
+    for size in range(1000, len(whole), 3000):
+        path.write_bytes(whole[:size])
+        with pytest.raises(UserError, match="damaged or cut off"):
+            contents_of(path)

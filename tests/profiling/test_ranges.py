@@ -94,6 +94,19 @@ def test_nvtx_sees_the_same_ranges_nested_and_closed_also_after_an_error(monkeyp
     assert nvtx.open == []
 
 
+def test_a_pytorch_with_cuda_opens_its_ranges_by_its_own_binding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package's may not reach an Nsight Systems that is older than it."""
+    binding = CountingNvtx()
+    monkeypatch.setattr(torch.version, "cuda", "12.4")
+    monkeypatch.setattr(torch.cuda.nvtx, "range_push", binding.push_range)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_pop", binding.pop_range)
+    monkeypatch.setattr(ranges, "_nvtx", ranges._nvtx.__wrapped__)
+    with record_ranges(), named_range("block", 3), named_range("attention"):
+        pass
+    assert binding.seen == ["block 3", "block 3/attention"]
+    assert binding.open == []
+
+
 def test_without_the_package_the_profiler_alone_sees_the_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranges, "_nvtx", lambda: None)
     assert names_profiled(recording=True) == PARTS

@@ -19,6 +19,7 @@ from cs336_systems.analysis.hardware import Peaks
 from cs336_systems.bench.machine import this_machine
 from cs336_systems.bench.records import Record, Store
 from cs336_systems.experiments import machine_peaks
+from cs336_systems.profiling import ranges
 from cs336_systems.repository import repository_root
 
 pytestmark = pytest.mark.problem("benchmarking_script")
@@ -308,6 +309,87 @@ def test_somebody_elses_model_beside_the_caller_is_measured(tmp_path: Path) -> N
     assert record.case["model"] == "somebody:Theirs"
     # A record of somebody's model is stale when their file changes.
     assert "somebody:Theirs" in record.fingerprint["source"]
+
+
+# With named ranges ---------------------------------------------------------------------------------------------
+
+
+class Listener:
+    """Stands for NVTX."""
+
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+
+    def push_range(self, name: str) -> None:
+        self.heard.append(name)
+
+    def pop_range(self) -> None:
+        pass
+
+
+@pytest.fixture
+def listener(monkeypatch: pytest.MonkeyPatch) -> Listener:
+    made = Listener()
+    monkeypatch.setattr(ranges, "_nvtx", lambda: made)
+    return made
+
+
+def test_with_ranges_every_step_names_its_parts_and_without_none_does(
+    script: ModuleType, listener: Listener, tmp_path: Path
+) -> None:
+    assert status_of(script, *DIMENSIONS, "--data-dir", tmp_path) == 0
+    assert listener.heard == []
+    assert status_of(script, *DIMENSIONS, "--warmup", "1", "--ranges", "--data-dir", tmp_path) == 0
+    counts = {name: listener.heard.count(name) for name in ("warm-up", "measured", "step", "forward", "optimizer")}
+    assert counts == {"warm-up": 1, "measured": 1, "step": 3, "forward": 3, "optimizer": 3}
+
+
+@pytest.mark.usefixtures("listener")
+def test_what_was_run_with_ranges_never_stands_for_a_timing(
+    script: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert status_of(script, *DIMENSIONS, "--ranges", "--data-dir", tmp_path) == 0
+    told = capsys.readouterr().out
+    assert "custom, context 8, step: 2 steps with named ranges, median" in told
+    assert table_of(told) == []
+    (file,) = tmp_path.rglob("*.jsonl")
+    assert file.parent == Path(told.splitlines()[-1].removeprefix("records: "))
+    assert records() == []
+    # Nor where the same folder is asked for a record of the same case.
+    assert status_of(script, *DIMENSIONS, "--reuse", "--data-dir", tmp_path) == 0
+    assert len(list(tmp_path.rglob("*.jsonl"))) == 2
+
+
+@pytest.mark.usefixtures("listener")
+def test_with_ranges_no_ceiling_is_measured(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delattr(machine_peaks, "ensure_peaks")
+    assert status_of(script, *DIMENSIONS, "--ranges", "--data-dir", tmp_path) == 0
+
+
+@pytest.mark.usefixtures("listener")
+def test_with_ranges_too_a_step_that_does_not_fit_says_so_and_fails(
+    script: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("cs336_systems.experiments.transformer_step.available_bytes", lambda _: 1)
+    assert status_of(script, *DIMENSIONS, "--ranges", "--data-dir", tmp_path) == 1
+    assert "custom, context 8, step: oom: weights, gradients and optimizer state need" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--ranges"], "--ranges takes time, so that what it records is no timing: name a folder"),
+        (["--ranges", "--reuse", "--data-dir", "x"], "--reuse shows a record instead of running the step"),
+    ],
+)
+def test_ranges_need_a_folder_of_their_own_and_a_step_that_runs(
+    script: ModuleType, capsys: pytest.CaptureFixture[str], arguments: list[str], told: str
+) -> None:
+    assert status_of(script, *DIMENSIONS, *arguments) == 2
+    assert capsys.readouterr().err.startswith(f"error: {told}")
+    assert records() == []
 
 
 def test_every_option_says_what_it_is_for(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
