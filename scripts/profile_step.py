@@ -14,13 +14,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import pandas as pd
 import torch
 
 from cs336_systems.bench.context import utc_now
@@ -28,11 +26,11 @@ from cs336_systems.bench.fingerprint import fingerprint
 from cs336_systems.bench.machine import Machine, this_machine
 from cs336_systems.bench.progress import EVENTS_VARIABLE, EventReader, Progress
 from cs336_systems.bench.records import Record, Store
-from cs336_systems.bench.report import MISSING, Column, Table, bytes_in_words, number, plural, verbatim
-from cs336_systems.bench.timing import describe
+from cs336_systems.bench.report import plural
 from cs336_systems.errors import HelpFormatter, UserError, run_command
 from cs336_systems.experiments import transformer_step
 from cs336_systems.experiments.transformer_step import Case
+from cs336_systems.presentation.captured import how_to_read, nothing_in, table
 from cs336_systems.profiling.catalogue import Profile, keep, profile_name, profiles
 from cs336_systems.profiling.nsys_capture import Extras, Nsys, ProgramFailed, capture, find_nsys
 from cs336_systems.repository import repository_root, shown_path
@@ -40,13 +38,6 @@ from cs336_systems.step_options import add_step_options, build_case, chosen_conf
 
 EXPERIMENT = "transformer_step"
 PROGRAM = Path("scripts") / "benchmark_step.py"
-
-IN_THE_GUI = """\
-In the GUI: open the .nsys-rep beside the .sqlite with nsys-ui; in the row NVTX of the timeline right click on a range,
-Filter and Zoom in (or Apply Filter); below, choose Stats System View, and in it CUDA GPU Kernel Summary."""
-WITHOUT_KERNELS = """\
-These are profiles of a CPU: they have the ranges, and no kernels to summarise. In the GUI: Stats System View, and in it
-NVTX Push/Pop Range Summary."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,53 +213,7 @@ def print_list(store: Store, output_dir: Path | None) -> None:
     if found:
         print(f"{table(found)}\n\n{how_to_read(found)}")
     else:
-        print(
-            f"No profiles in {shown_path(output_dir or store.local)}: scripts/profile_step.py --size small makes one."
-        )
-
-
-def table(found: Sequence[Profile]) -> Table:
-    """A row per profile: its case, what it cost, and what to type to read it."""
-    columns = [
-        Column("machine", lambda row: row.profile.machine, "left"),
-        Column("case", lambda row: row.profile.title, "left"),
-        Column("beside", lambda row: beside(row.profile) or MISSING, "left"),
-        Column("step under the profiler (ms)", lambda row: number(median_ms(row.profile), 4)),
-        Column("files", lambda row: bytes_in_words(sum(row.profile.file_bytes.values()))),
-        Column("nsys", lambda row: row.profile.nsys, "left"),
-        Column("to read it", lambda row: verbatim(command_to_read(row.profile)), "left"),
-    ]
-    return Table.of(pd.DataFrame({"profile": list(found)}), columns, caption=plural(len(found), "profile"))
-
-
-def how_to_read(found: Iterable[Profile]) -> str:
-    """What to do in the GUI; profiles of a CPU have ranges alone."""
-    return IN_THE_GUI if any(profile.kernels for profile in found) else WITHOUT_KERNELS
-
-
-def beside(profile: Profile) -> str:
-    """What its title does not say: fields of the case that differ from the defaults, and what else was recorded."""
-    said = {"context_length", "phase", "device", "warmup", "steps", "d_model", "d_ff", "num_layers", "num_heads"}
-    if profile.title.startswith("custom"):
-        said -= {"d_model", "d_ff", "num_layers", "num_heads"}
-    defaults = {field.name: field.default for field in dataclasses.fields(Case)}
-    fields = {name: value for name, value in profile.case.items() if name not in said}
-    changed = [f"{name} {value}" for name, value in fields.items() if value != defaults.get(name)]
-    return ", ".join([*changed, *(name for name, value in profile.extras.items() if value)])
-
-
-def median_ms(profile: Profile) -> float | None:
-    """What a step took with ranges and profiler, which is more than it takes."""
-    samples = profile.samples.get("step_ms")
-    return describe(samples).median if samples else None
-
-
-def command_to_read(profile: Profile) -> str:
-    """What prints the kernels of a profile; of one without any, what opens it."""
-    if not profile.kernels:
-        return shlex.join(["nsys-ui", shown_path(profile.report.absolute())])
-    export = shown_path(profile.export.absolute())
-    return shlex.join(["python", "scripts/kernel_summary.py", export, "--range", "forward"])
+        print(nothing_in(output_dir or store.local))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

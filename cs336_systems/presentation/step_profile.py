@@ -484,6 +484,3 @@ def published_findings(shares: pd.DataFrame, softmax: Mapping[str, float]) -> Fi
         but=": its time is not that of its traffic alone.",
     )
     return Findings([top, products, moved])
-
-
-# Captured under Nsight Systems ---------------------------------------------------------------------------------
