@@ -46,6 +46,7 @@ REPORT, EXPORT = ".nsys-rep", ".sqlite"
 
 _MARK = "CS336_CAPTURE"  # in the environment of whatever a capture started
 _POLL_S, _GRACE_S, _ABANDONED_S = 0.2, 10.0, 24 * 3600.0
+_LEAST_FREE_BYTES = 64 * 2**20
 
 _MISSING = (
     "Nsight Systems is needed, and its program nsys was not found: not on PATH, and not as {places}. It comes with the "
@@ -175,6 +176,7 @@ def capture(
         # nsys writes several times a report's size here before it writes the report.
         tempfile.TemporaryDirectory(prefix="cs336-nsys-", ignore_cleanup_errors=True) as temporary,
     ):
+        _require_room(folder, Path(temporary))
         report, export = folder / f"{target.name}{REPORT}", folder / f"{target.name}{EXPORT}"
         # PyTorch's NVTX has its names as plain strings, of which nsys compares none unless told to.
         for_nsys = {"NSYS_NVTX_PROFILER_REGISTER_ONLY": "0", "TMPDIR": temporary, _MARK: secrets.token_hex(8)}
@@ -221,6 +223,17 @@ def _folder_beside(target: Path) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _require_room(*folders: Path) -> None:
+    """Raise a UserError if a disk is full already: nsys 2022.4 then waits for its own recording for ever."""
+    for folder in folders:
+        free = shutil.disk_usage(folder).free
+        if free < _LEAST_FREE_BYTES:
+            raise UserError(
+                f"{free / 2**20:.0f} MiB are free in {folder.parent}, and a profile may take more than "
+                f"{_LEAST_FREE_BYTES >> 20}: make room there, or name another folder (for temporary files: TMPDIR)"
+            )
 
 
 def _no_report(nsys: Nsys, ran: _Ended, target: Path, folders: Sequence[Path]) -> UserError:
@@ -357,4 +370,8 @@ def _gist(text: str) -> str:
         return told[-1]
     if any(line.startswith("Traceback ") for line in lines):
         return lines[-1]
+    # nsys tells first in which of its own functions it found that out.
+    of_files = [line for line in lines if re.search("No space|disk is full|denied|Read-only|Not a directory", line)]
+    if of_files:
+        return of_files[-1][:300]
     return "; ".join(line[:300] for line in lines[:3])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -283,6 +284,19 @@ def test_a_folder_that_cannot_be_written_is_told_before_anything_runs(tmp_path: 
     with pytest.raises(UserError, match=r"cannot write .*profiles"):
         capture(find_nsys(), WELL, tmp_path / "profiles" / "step")
     assert calls_of(tmp_path / "bin" / "nsys") == []
+
+
+@pytest.mark.parametrize("full", ["profiles", "temporary"])
+def test_a_disk_that_is_full_already_is_told_before_anything_runs(
+    target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: str
+) -> None:
+    usage = shutil.disk_usage
+    little = type(usage(tmp_path))(2**30, 2**30 - 2**21, 2**21)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: little if full in Path(path).parts else usage(path))
+    with pytest.raises(UserError, match=f"2 MiB are free in {tmp_path / full}, and a profile may take more"):
+        captured(target)
+    assert calls_of(tmp_path / "bin" / "nsys") == []
+    assert files_in(target.parent) == set()
 
 
 def test_a_folder_in_a_files_place_is_told(target: Path) -> None:

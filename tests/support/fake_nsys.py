@@ -126,6 +126,8 @@ def _profile(mode: str, calls: Path, told: dict[str, Any], report: Path) -> None
     temporary = Path(os.environ["TMPDIR"])
     if mode == "no room":
         (temporary / "nsys-report-1.qdstrm").write_bytes(b"a stream")
+        for line in ("Importer error status: Importation failed.", "Dynamic exception type: Exception", "what: it"):
+            print(line, file=sys.stderr)
         print(f"Failed to create '{report}': No space left on device.", file=sys.stderr)
     elif mode != "never opened":
         if mode == "warns":
@@ -159,6 +161,7 @@ def _export(mode: str, output: Path, report: Path) -> None:
     export.write(output)
     if mode == "export cut":
         output.write_bytes(output.read_bytes()[: output.stat().st_size // 2])
+        print("Failed to close database connection: Throw in function", "x" * 1000, file=sys.stderr)
         print("[message] = database or disk is full", file=sys.stderr)
 
 
