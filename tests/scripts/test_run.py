@@ -157,10 +157,15 @@ def test_a_dry_run_prints_the_cases_and_the_minutes_and_measures_nothing(
     script: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plan, _ = dry_run(script, capsys, "--profile", "h200")
-    assert set(plan) == {"transformer_step", "warmup", "pytorch_attention", "flash_benchmarking"}
+    experiments = {"transformer_step", "warmup", "step_profile", "memory_profile"}
+    assert set(plan) == experiments | {"pytorch_attention", "flash_benchmarking"}
     # Five sizes at four contexts and one at two, three phases, with and without autocast.
     assert plan["transformer_step"]["cases"] == str((5 * 4 + 2) * 3 * 2)
     assert plan["warmup"]["cases"] == str(3 * 4)
+    # Two sizes at three contexts and the published one, forward and step.
+    assert plan["step_profile"]["cases"] == str((2 * 3 + 1) * 2)
+    # Two sizes at three contexts, forward and step, with and without autocast.
+    assert plan["memory_profile"]["cases"] == str(2 * 3 * 2 * 2)
     # Five lengths in four dimensions, with and without TF32.
     assert plan["pytorch_attention"]["cases"] == str(5 * 4 * 2)
     # The handout's ten lengths in four dimensions and two precisions; training's three in two, causal and not.
@@ -203,6 +208,8 @@ def test_a_dry_run_of_the_smoke_profile_leaves_no_folder(
     assert {name: row["cases"] for name, row in plan.items()} == {
         "transformer_step": "3",
         "warmup": "2",
+        "step_profile": "2",
+        "memory_profile": "4",
         "pytorch_attention": "2",
         "flash_benchmarking": "2",
     }

@@ -75,6 +75,13 @@ def record_here(
     return machine.name
 
 
+def published_cpu() -> str:
+    """A machine without a GPU that this repository has records of."""
+    store = Store(local=repository_root() / "none", published=repository_root() / "data")
+    machines = (store.machine(name, published=True) for name in store.published_machines())
+    return next(machine.name for machine in machines if machine.device == "cpu")
+
+
 def copy_of_published(folder: Path) -> Store:
     """A store with a copy of the checkout's published records, and none of its own."""
     shutil.copytree(repository_root() / "data", folder / "data", ignore=shutil.ignore_patterns("local"))

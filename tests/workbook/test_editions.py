@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from checkouts import changeable_checkout, content_of
 from step_records import record_of
-from writeup_records import laptop_case, links_of, record_here
+from writeup_records import laptop_case, links_of, published_cpu, record_here
 
 from cs336_systems.bench.records import Store
 from cs336_systems.errors import UserError
@@ -148,7 +148,7 @@ def test_a_build_shows_this_checkouts_records_first_and_names_them(tmp_path: Pat
     machine = record_here(store, [record_of(laptop_case())])
     (path,) = editions.build(Archive(store, INDEX), folder=tmp_path / "build", formats=["md"])
     text = path.read_text()
-    assert text.index(f"#### {machine}, this checkout") < text.index("#### epyc-turin-2c, published")
+    assert text.index(f"#### {machine}, this checkout") < text.index(f"#### {published_cpu()}, published")
     assert f'<a id="fig-benchmarking_script-transformer_step-{machine}-own"></a>' in text
     own = [line for line in text.splitlines() if line.startswith("**") and line.endswith("(this checkout)")]
     assert [line.partition(".")[0] for line in own] == ["**Table 1", "**Table 3", "**Figure 1"]  # Table 2: published

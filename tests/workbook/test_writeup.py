@@ -18,6 +18,7 @@ from writeup_records import (
     links_of,
     peak_records,
     publish,
+    published_cpu,
     record_here,
     small_draft,
 )
@@ -303,19 +304,21 @@ def test_a_machine_without_a_record_of_an_experiment_appears_in_its_section_with
 def test_without_the_last_record_of_an_experiment_its_section_says_what_to_run(tmp_path: Path, experiment: str) -> None:
     store = copy_of_published(tmp_path)
     sections = (
-        draft(Archive(store, INDEX), folder=tmp_path).markdown("github", "figures").count("# epyc-turin-2c, publ")
+        draft(Archive(store, INDEX), folder=tmp_path).markdown("github", "figures").count(f"# {published_cpu()}, publ")
     )
-    (store.published / "epyc-turin-2c" / f"{experiment}.jsonl").unlink()
+    (store.published / published_cpu() / f"{experiment}.jsonl").unlink()
     text = draft(Archive(store, INDEX), folder=tmp_path).markdown("github", "figures")
-    told = f"run `python scripts/measure.py {experiment}` on epyc-turin-2c, then `python scripts/publish_records.py`"
+    told = (
+        f"run `python scripts/measure.py {experiment}` on {published_cpu()}, then `python scripts/publish_records.py`"
+    )
     assert told in text
-    assert text.count("# epyc-turin-2c, published") == sections > 2
+    assert text.count(f"# {published_cpu()}, published") == sections > 2
     if experiment == "machine_peaks":
-        assert "**Table 1.** The ceilings of epyc-turin-2c\n" in text
+        assert f"**Table 1.** The ceilings of {published_cpu()}\n" in text
         assert f"\nNot known: bfloat16 products, float32 products, memory; {told}.\n" in text
     else:
         assert re.search(
-            rf"\nNone of the \d+ cases that epyc-turin-2c is asked for is recorded: {re.escape(told)}\.\n", text
+            rf"\nNone of the \d+ cases that {published_cpu()} is asked for is recorded: {re.escape(told)}\.\n", text
         )
 
 
