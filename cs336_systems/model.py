@@ -29,6 +29,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from cs336_systems.attention.backends import resolve_attention
+from cs336_systems.attention.inputs import in_autocast_precision
 from cs336_systems.errors import UserError, unknown_name
 from cs336_systems.object_reference import load_object
 from cs336_systems.profiling.ranges import named_range
@@ -209,6 +210,7 @@ class CausalSelfAttention(nn.Module):
         self.num_heads = config.num_heads
         self.rope = rope
         self.attention = resolve_attention(attention)
+        self.is_reference = attention == "reference"
         d_model = config.d_model
         self.q_proj = Linear(d_model, d_model, formulation)
         self.k_proj = Linear(d_model, d_model, formulation)
@@ -222,6 +224,8 @@ class CausalSelfAttention(nn.Module):
         )
         query = self.rope(query)
         key = self.rope(key)
+        if not self.is_reference:  # whose operators autocast knows, each by itself
+            query, key, value = in_autocast_precision(query, key, value)
         heads = self.attention(query, key, value, is_causal=True)
         return self.output_proj(heads.transpose(1, 2).flatten(2))  # (batch, seq, d_model)
 

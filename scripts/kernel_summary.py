@@ -23,7 +23,7 @@ from typing import Any
 
 import pandas as pd
 
-from cs336_systems.bench.report import Column, Table, number, plural, verbatim
+from cs336_systems.bench.report import Column, Table, number, plural, shortened, verbatim
 from cs336_systems.errors import HelpFormatter, UserError, run_command
 from cs336_systems.profiling.kernels import GROUPS, Recording, occurrences, outside, overview, summarise
 from cs336_systems.profiling.recordings import read_recording
@@ -186,7 +186,7 @@ def work_table(rows: pd.DataFrame, name: str, recording: Recording, arguments: a
         _milliseconds("max", "maximum"),
         _milliseconds("std", "deviation"),
         _milliseconds("busy", "busy"),
-        Column(by, lambda row: row.name if by == "category" else verbatim(shortened(row.name)), "left"),
+        Column(by, lambda row: row.name if by == "category" else verbatim(shortened(row.name, NAME_WIDTH)), "left"),
     ]
     notes = []
     if len(rest):
@@ -198,11 +198,6 @@ def work_table(rows: pd.DataFrame, name: str, recording: Recording, arguments: a
 
 def _milliseconds(heading: str, of: str) -> Column:
     return Column(f"{heading} (ms)", lambda row: number(getattr(row, of) / 1e6, 4))
-
-
-def shortened(name: str) -> str:
-    """A kernel's name with its end left out where it is too long for a table."""
-    return name if len(name) <= NAME_WIDTH else f"{name[: NAME_WIDTH - 1]}…"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

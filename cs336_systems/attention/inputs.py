@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 from cs336_systems.errors import UserError, unknown_name
@@ -39,6 +40,19 @@ def check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise UserError(f"batch (and, of key and value, heads) must agree, found {shapes}")
     if query.ndim == 4 and query.shape[1] % key.shape[1] != 0:
         raise UserError(f"the heads of the queries must be a multiple of those of the keys, found {shapes}")
+
+
+def in_autocast_precision(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The three in the precision that autocast asks of matrix products on their device; as they are without autocast.
+
+    Autocast does this for PyTorch's own attention, and for no function that it does not know. Queries and keys need it
+    more than values: the rotary table is in float32, and what it rotates becomes so too.
+    """
+    device = query.device.type
+    if not torch.is_autocast_enabled(device):
+        return query, key, value
+    dtype = torch.get_autocast_dtype(device)
+    return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
 def diagonal(query: Tensor, key: Tensor, is_causal: bool, alignment: Alignment = "top-left") -> int | None:

@@ -53,7 +53,8 @@ def notes_below(
         # An exception's message is no Markdown.
         told = reason if isinstance(reason, str) and reason else "no reason was recorded"
         why = told if status == "missing" else verbatim(told)
-        notes.append(f"{status}: {enumerated([name(row) for _, row in rows.iterrows()])}: {why}")
+        names = dict.fromkeys(name(row) for _, row in rows.iterrows())
+        notes.append(f"{status}: {enumerated(list(names))}: {why}")
     return notes
 
 

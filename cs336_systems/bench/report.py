@@ -104,6 +104,15 @@ def escaped(text: str) -> str:
     return re.sub(r"""([\\`*_\[\]<>$|#{}~^&'"]|(?<=\.)\.|(?<=-)-)""", r"\\\1", " ".join(text.split()))
 
 
+def shortened(text: str, most: int = 90) -> str:
+    """`text` with its end left out where it is too long for a table; a kernel's template arguments may take thousands.
+
+    >>> shortened("ampere_sgemm_128x64_tn", 12)
+    'ampere_sgem…'
+    """
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
 def plural(count: int, noun: str) -> str:
     """1 case, 2 cases."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

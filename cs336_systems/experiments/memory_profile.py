@@ -157,14 +157,10 @@ def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
     return sum(storages.values())
 
 
-def blocks_of(model: torch.nn.Module) -> Sequence[torch.nn.Module]:
-    """The blocks of our model, or of one that names them alike."""
+def blocks_of(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The blocks of our model, or of one that keeps them in a list under the same name; else none are known."""
     blocks = getattr(model, "layers", None)
-    if not isinstance(blocks, torch.nn.ModuleList):
-        raise UserError(
-            f"expected the blocks of {type(model).__name__} in a ModuleList called layers, found {blocks!r}"
-        )
-    return list(blocks)
+    return list(blocks) if isinstance(blocks, torch.nn.ModuleList | torch.nn.Sequential) else []
 
 
 def values_of(case: Case, recorded: MemoryHistory) -> dict[str, Any]:
@@ -197,19 +193,23 @@ def group_values(group: Group) -> dict[str, Any]:
 
 
 def gradients(recorded: MemoryHistory, block: int) -> dict[str, int]:
-    """Bytes that are allocated during a backward and there at its end: of all of it, and of one block's."""
+    """Bytes that are allocated during a backward and there at its end: of all of it, and of one block's.
+
+    That of a block is left out where its backward is not told from the rest: it must take and give one tensor.
+    """
     timeline = recorded.timeline
-    (backward,) = (phase for phase in timeline.phases if phase.name == "backward")
-    (of_block,) = (phase for phase in timeline.phases if phase.name == f"backward of block {block}")
-    return {
-        "gradient_bytes": timeline.left_by(backward, until=backward),
-        "block_gradient_bytes": timeline.left_by(of_block, until=backward),
-    }
+    phases = {phase.name: phase for phase in timeline.phases}
+    backward, of_block = phases["backward"], phases.get(f"backward of block {block}")
+    found = {"gradient_bytes": timeline.left_by(backward, until=backward)}
+    return found | ({} if of_block is None else {"block_gradient_bytes": timeline.left_by(of_block, until=backward)})
 
 
 def saved_values(case: Case, model: torch.nn.Module) -> dict[str, Any]:
-    """What one block saves for its backward, tensor by tensor in the order of forward."""
-    saved = saved_by_middle_block(model, case.batch_size, case.context_length, case.d_model, autocast=case.autocast)
+    """What one block saves for its backward, tensor by tensor in the order of forward; or why that is not known."""
+    try:
+        saved = saved_by_middle_block(model, case.batch_size, case.context_length, case.d_model, autocast=case.autocast)
+    except UserError as error:  # of somebody else's model; its peak is known all the same
+        return {"reason": str(error)}
     return {
         "total_bytes": saved.total_bytes(*OF_THE_CALL),
         "cast_parameters_bytes": saved.total_bytes("cast of a parameter"),
@@ -249,7 +249,8 @@ def accounted(case: Case) -> dict[str, Any]:
     """
     config, batch, length = case.config, case.batch_size, case.context_length
     itemsize, product_itemsize = item_sizes(case).values()
-    weights = flops.resident_bytes(config, "forward", itemsize=itemsize)
+    ours = 1 if case.model is None else math.nan  # of somebody else's model the parameters are not known
+    weights = ours * flops.resident_bytes(config, "forward", itemsize=itemsize)
     moments = 2 * weights if case.phase == "step" else 0
     forward, saved = held_when_forward_ends(case), saved_accounted(case)
     least = sum(forward.values()) + moments if forward else math.nan
@@ -262,10 +263,10 @@ def accounted(case: Case) -> dict[str, Any]:
         "saved_accounted": saved,
         "saved_accounted_bytes": sum(saved.values()) if saved else math.nan,
         "accounted_bytes": least,
-        "accounted_gradient_bytes": activations.gradient_bytes_of_block(config, itemsize),
+        "accounted_gradient_bytes": ours * activations.gradient_bytes_of_block(config, itemsize),
         "residual_bytes": activations.residual_bytes(config, batch, length, itemsize),
         "score_matrix_bytes": activations.score_matrix_bytes(config, batch, length, product_itemsize),
-        "known_sizes": known_sizes(case),
+        "known_sizes": known_sizes(case) if case.model is None else {},
     }
 
 
@@ -350,6 +351,8 @@ def summarise(
                 "outline": Outline.from_json(values["outline"]) if record.status == "ok" else None,
                 **{name: tuple(values.get(name, ())) for name in ("by_size", "by_place", "largest")},
                 "saved_bytes": saved.get("total_bytes", math.nan),
+                "saved_reason": saved.get("reason", ""),
+                "allocator_bytes": values.get("allocator_peak_bytes", math.nan),
                 **(known := accounted(case)),
                 "saved": tuple(named_items(saved.get("items", ()), known["saved_accounted"])),
                 "memory_bytes": peaks.memory_bytes,

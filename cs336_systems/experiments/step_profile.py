@@ -47,7 +47,7 @@ from cs336_systems.experiments.transformer_step import (
 )
 from cs336_systems.model import SIZES
 from cs336_systems.profiling.categories import category_of
-from cs336_systems.profiling.kernels import Recording, overview
+from cs336_systems.profiling.kernels import Recording, during, overview
 from cs336_systems.profiling.kernels import summarise as summarise_kernels
 from cs336_systems.profiling.recorder import record_trace
 from cs336_systems.profiling.recordings import read_recording
@@ -59,11 +59,11 @@ IN_FORWARD = ("forward", "block", "attention", "scores", "softmax", "value produ
 RANGES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "forward": IN_FORWARD,
-        "forward-backward": (*IN_FORWARD, "loss", "backward"),
+        "forward-backward": ("step", *IN_FORWARD, "loss", "backward"),
         "step": ("step", *IN_FORWARD, "loss", "backward", "optimizer"),
     }
 )
-"""The ranges that a phase of our model has, in the order in which tables show them."""
+"""The ranges that a phase of our model has, in the order in which tables show them; `step` is all of the phase."""
 
 
 def grid(
@@ -125,7 +125,7 @@ def measure(case: Case, on_part: OnPart) -> Measurement:
     def count() -> None:
         nonlocal done
         done += 1
-        on_part(done / (case.warmup + before + case.steps + after))
+        on_part(done / (case.warmup + before + case.steps + after + 2))
 
     with float32_matmul_precision(case.float32_matmul), tempfile.TemporaryDirectory() as folder:
         step = build_step(case)
@@ -137,9 +137,9 @@ def measure(case: Case, on_part: OnPart) -> Measurement:
 
         stopwatch_ms = timed(before, case.warmup)
         with record_trace(trace, case.device):
-            profiled_ms = timed(case.steps)
-        stopwatch_ms += timed(after)
-        recording = with_blocks_together(read_recording(trace))
+            profiled_ms = timed(case.steps, warmup=1)  # the first has what the profiler does once
+        stopwatch_ms += timed(after, warmup=1)
+        recording = with_blocks_together(during(read_recording(trace), "measured"))
     samples = {"stopwatch_ms": stopwatch_ms, "profiled_ms": profiled_ms}
     return Measurement(samples=samples, values=ranges_as_values(recording, RANGES[case.phase]))
 
@@ -195,8 +195,8 @@ def ranges_as_values(recording: Recording, kept: Collection[str]) -> dict[str, A
 def predict(cases: Sequence[Case], peaks: Peaks) -> pd.DataFrame:
     """One row per case: of the least times of a phase's parts, one after the other, the share of those with products.
 
-    A part takes as long as its products or its bytes, whichever is longer, and is taken to be one kernel. Where it is
-    several, their bytes are more: so this is the most that products can have.
+    A part is taken to be one kernel, and takes as long as its products or its bytes, whichever is longer. Of operators
+    that are not fused the bytes are more; products that miss their ceiling take longer.
     """
     rows = []
     for case in cases:
@@ -255,6 +255,7 @@ def range_floors_ms(case: Case, peaks: Peaks) -> dict[str, float]:
     }
     floors = {name: times * bound(work, peaks, precision).seconds * 1e3 for name, (work, times) in works.items()}
     floors["block"] = floors["attention"] + floors["feed-forward"]
+    floors["step"] = bound_ms(case, peaks)[0]
     floors["forward"] = bound_ms(dataclasses.replace(case, phase="forward"), peaks)[0]
     return floors
 
@@ -275,7 +276,8 @@ def summarise(
     most time first; `categories`, milliseconds by category, and `product_share`; `range_bound_ms`. On every row of a
     record: `stopwatch_ms` and `profiled_ms`, the medians of whole steps, with `bound_ms`.
     """
-    published = PublishedSteps((store or Store.default()).reference)
+    reference = (store or Store.default()).reference
+    published, of_others = PublishedSteps(reference), PublishedKernels(reference)
     rows = []
     for record in records:
         case = Case(**record.case)
@@ -309,8 +311,21 @@ def summarise(
             if record.status == "ok" and name not in found:
                 continue  # attention of another form has no range for its scores
             row = range_row(found[name], values["names"], case.steps) if name in found else dict(NO_RANGE)
-            rows.append(common | {"range": name} | row | {"range_bound_ms": floors.get(name, math.nan)})
+            row |= {"range_bound_ms": floors.get(name, math.nan), **kernels_beside(of_others, case, name)}
+            rows.append(common | {"range": name} | row)
     return pd.DataFrame(rows)
+
+
+def kernels_beside(published: PublishedKernels, case: Case, name: str) -> dict[str, float | str]:
+    """What others saw in the range called `name` of the same step; see `PublishedKernels.beside`."""
+    return published.beside(
+        case.config,
+        phase=name,
+        batch_size=case.batch_size,
+        autocast=case.autocast,
+        tf32=case.float32_matmul == "high",
+        compiled=case.compile,
+    )
 
 
 TIMED = ("stopwatch", "profiled")

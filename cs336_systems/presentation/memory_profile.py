@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from cs336_systems.analysis.published import A100
-from cs336_systems.analysis.published_profiles import LARGEST_ALLOCATION_BYTES, LARGEST_ALLOCATION_CONTEXT
 from cs336_systems.bench import remarks
 from cs336_systems.bench.remarks import circumstances, marks, staleness
 from cs336_systems.bench.report import (
@@ -27,7 +26,14 @@ from cs336_systems.bench.report import (
 )
 from cs336_systems.presentation.memory_snapshot import UNITS
 from cs336_systems.presentation.memory_snapshot import figure as timeline_figure
-from cs336_systems.presentation.transformer_step import identity, shared_choices
+from cs336_systems.presentation.transformer_step import (
+    choices_in_words,
+    identity,
+    model_in_words,
+    same_but,
+    shared_choices,
+    without_autocast,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -65,12 +71,14 @@ def table(summary: pd.DataFrame) -> Table:
         Column("least peak (GiB)", lambda row: number(row.accounted_bytes / GIB, 4)),
         Column("peak / least", lambda row: number(row.peak_bytes / row.accounted_bytes, 3)),
         Column("of the device", lambda row: percent(row.peak_bytes / row.memory_bytes)),
+        Column("the allocator's own peak (GiB)", lambda row: number(row.allocator_bytes / GIB, 4)),
         Column("reserved (GiB)", lambda row: number(row.reserved_bytes / GIB, 4)),
         Column("within", lambda row: row.peak_phase or MISSING, "left"),
         Column(f"{A100} (GB)", published_text),
     ]
     notes = [
-        f"Peaks of tensors, to the byte. Published peaks are decimal GB with their decimals cut off. {UNITS}.",
+        "Peaks of tensors: on a CPU to the byte; on a GPU what was there before is rounded up as the allocator does. "
+        f"Published peaks are decimal GB with their decimals cut off. {UNITS}.",
         *notes_below(summary),
     ]
     return Table.of(summary, columns, caption=caption(summary, "Peak memory of one step"), notes=notes)
@@ -110,8 +118,7 @@ def notes_below(summary: pd.DataFrame) -> list[str]:
 
 
 def _name(row: pd.Series) -> str:
-    autocast = "" if row["autocast"] == "none" else f" under {row['autocast']} autocast"
-    return f"{row['phase']} of {row['size']} at context {row['context_length']}{autocast}"
+    return f"{row['phase']} of {model_in_words(row)}"
 
 
 def chosen(summary: pd.DataFrame, phase: str) -> pd.Series | None:
@@ -120,8 +127,15 @@ def chosen(summary: pd.DataFrame, phase: str) -> pd.Series | None:
     rows = rows[rows["status"].isin(["ok", "missing"])] if len(rows) else rows
     if not len(rows):
         return None
-    holds = rows["weights_bytes"] + rows["num_layers"] * (rows["residual_bytes"] + rows["score_matrix_bytes"])
+    holds = rows["weights_bytes"].fillna(0) + rows["num_layers"] * (rows["residual_bytes"] + rows["score_matrix_bytes"])
     return rows.assign(plain=rows["autocast"] == "none", holds=holds).sort_values(["plain", "holds"]).iloc[-1]
+
+
+def nothing_of(summary: pd.DataFrame, phase: str) -> Finding:
+    """Why there is no case of a phase to show."""
+    if len(summary) and (summary["phase"] == phase).any():
+        return Finding(f"No case of phase {phase} could be recorded: the table says why.")
+    return Finding(f"No case of phase {phase} was asked for.")
 
 
 # The timeline --------------------------------------------------------------------------------------------------
@@ -131,7 +145,7 @@ def timeline(summary: pd.DataFrame, phase: str = "forward") -> Picture | Finding
     """Part (a): what was live over time, in the case of a phase that holds the most."""
     row = chosen(summary, phase)
     if row is None:
-        return Finding(f"No case of phase {phase} could be recorded: the table says why.")
+        return nothing_of(summary, phase)
     told = f"Live memory over one step: {_name(row)}, batch {row['batch_size']}, on {row['machine']}"
     if row["outline"] is None:
         return Picture(told, partial(_draw_nothing, "no record yet"))
@@ -158,11 +172,11 @@ def step_timeline(summary: pd.DataFrame) -> Picture | Finding:
 
 
 def largest(summary: pd.DataFrame, phase: str = "forward", top: int = TOP) -> Table | Finding:
-    """Part (e): the largest allocations at the peak, and the calls that led to them."""
+    """Part (e): of what the step allocates the largest that is live at the peak, and the calls that led to it."""
     row = chosen(summary, phase)
     if row is None:
-        return Finding(f"No case of phase {phase} could be recorded: the table says why.")
-    what = f"Largest allocations live at the peak: {_name(row)} on {row['machine']}"
+        return nothing_of(summary, phase)
+    what = f"Largest allocations of the step that are live at the peak: {_name(row)} on {row['machine']}"
     shown = pd.DataFrame(list(row["largest"][:top]))
     if not len(shown):
         return remarks.without_record(row, what, notes_below)
@@ -174,7 +188,10 @@ def largest(summary: pd.DataFrame, phase: str = "forward", top: int = TOP) -> Ta
         Column("trace, from the innermost frame out", lambda group: verbatim(trace_text(group)), "left"),
     ]
     together = percent(shown["total_bytes"].sum() / row["peak_bytes"])
-    note = f"Equal allocations of one line are one row. Together they are {together} of the peak."
+    note = (
+        f"Equal allocations of one line are one row. Together they are {together} of the peak; what was there before "
+        "the step, weights and moments, is not among them."
+    )
     return Table.of(shown, columns, caption=what, notes=[note])
 
 
@@ -199,8 +216,10 @@ def saved(summary: pd.DataFrame, top: int = TOP) -> Table | Finding:
     """Part (f): what one block saves for its backward, its largest contributors beside the accounting."""
     row = chosen(summary, "forward")
     if row is None:
-        return Finding("No forward could be recorded, so what one block saves is not known: the table says why.")
+        return nothing_of(summary, "forward")
     what = f"Saved for backward by one block: {_name(row)} on {row['machine']}"
+    if row["saved_reason"]:
+        return Finding(f"What one block saves is not known: {verbatim(row['saved_reason'])}.")
     items = list(row["saved"])
     shown = pd.DataFrame(items[:top])
     if not len(shown):
@@ -236,7 +255,7 @@ def findings(summary: pd.DataFrame) -> Findings:
         return Findings([Finding("No case was measured: run `python scripts/measure.py memory_profile`.")])
     if not summary["status"].isin(["ok", "missing"]).any():
         return Findings([Finding("No case was recorded; the notes of the table say why.")])
-    plain = summary[summary["autocast"] == "none"]
+    plain = without_autocast(summary)
     forward = plain[plain["phase"] == "forward"]
     trained = plain[plain["phase"] != "forward"]
     return Findings(
@@ -245,7 +264,7 @@ def findings(summary: pd.DataFrame) -> Findings:
             *Finding.from_all(plain, "How peaks grow with the context", growth),
             *Finding.from_all(summary, "What mixed precision does to the peaks", mixed_precision),
             *Finding.from_all(plain, "The size of a residual activation", residual),
-            *Finding.from_all(plain, "What the largest allocations are", largest_finding),
+            *Finding.from_all(plain, "Which allocations of a step are the largest", largest_finding),
             *Finding.from_all(forward, "What one block saves for its backward", block_saved),
             *Finding.from_all(trained, "What gradients one block's backward makes", block_gradients),
             *staleness(summary),
@@ -254,31 +273,36 @@ def findings(summary: pd.DataFrame) -> Findings:
 
 
 def moments(rows: pd.DataFrame) -> Finding | None:
-    """Part (a): in which phase the peak of a step lies."""
+    """Part (a): in which phase the peak of a step lies, and whether what forward saved is all there then."""
     step = chosen(rows, "step")
     if step is None:
         return None
+    fact = f"(a) The peak of {_name(step)} is reached within {step['peak_phase'] or 'no range'}"
+    of_step, saved = step["peak_bytes"] - step["before_bytes"], step["num_layers"] * step["saved_accounted_bytes"]
+    if saved != saved:
+        return Finding(f"{fact}.")
     return Finding.checked(
-        f"(a) The peak of {_name(step)} is reached within {step['peak_phase'] or 'no range'}, "
-        f"{number(step['peak_ms'], 2)} ms after the step began",
-        step["peak_phase"] in ("loss", "backward", "forward"),
-        so=": what forward saves is all there, and goes as backward uses it, while gradients come.",
-        but=": what forward saves is little here beside what the optimizer holds.",
+        f"{fact}, {bytes_in_words(of_step)} above what was there before; the blocks save {bytes_in_words(saved)}",
+        bool(of_step >= saved and step["peak_phase"] in ("forward", "loss", "backward")),
+        so=": what forward saves goes as backward uses it, while gradients come.",
+        but=": what forward saves is not what makes this peak.",
     )
 
 
 def growth(rows: pd.DataFrame) -> Finding | None:
     """Part (b)."""
     measured = rows[(rows["status"] == "ok")]
-    several = measured.groupby(["size", "phase"])["context_length"].transform("nunique") > 1
+    same = same_but(measured, "context_length")
+    several = measured.groupby(same, dropna=False)["context_length"].transform("nunique") > 1
     measured = measured[several]
     if not len(measured):
         return None
     texts, ratios = [], []
-    for (size, phase), group in measured.groupby(["size", "phase"], sort=False):
+    for _, group in measured.groupby(same, sort=False, dropna=False):
         group = group.sort_values("context_length")
         peaks = ", ".join(f"{bytes_in_words(row.peak_bytes)} at {row.context_length}" for row in group.itertuples())
-        texts.append(f"{size}, {phase}: {peaks}")
+        first = group.iloc[0]
+        texts.append(f"{first['phase']} of {first['size']}{choices_in_words(first)}: {peaks}")
         short, long = group.iloc[0], group.iloc[-1]
         grown = (long["peak_bytes"] - long["before_bytes"]) / (short["peak_bytes"] - short["before_bytes"])
         ratios.append(grown / (long["context_length"] / short["context_length"]))
@@ -292,8 +316,8 @@ def growth(rows: pd.DataFrame) -> Finding | None:
 
 def mixed_precision(rows: pd.DataFrame) -> Finding | None:
     """Part (c): peaks under autocast over those in float32."""
-    same = ["size", "context_length", "phase", "batch_size"]
     measured = rows[rows["status"] == "ok"]
+    same = same_but(measured, "autocast")
     plain, mixed = measured[measured["autocast"] == "none"], measured[measured["autocast"] == "bfloat16"]
     pairs = plain.merge(mixed, on=same, suffixes=("", "_mixed"))
     if not len(pairs):
@@ -305,8 +329,8 @@ def mixed_precision(rows: pd.DataFrame) -> Finding | None:
         f"({_name(most)}) times those in float32",
         bool(ratio.min() > 0.5),
         so=(
-            ": not half, since weights, gradients and moments stay in float32, a copy of each weight is cast, and much "
-            "of softmax and norms stays in float32 too."
+            ": not half, since weights and norms stay in float32, and so do gradients and moments where there are any, "
+            "while every weight that a product uses is cast as well."
         ),
         but=": half or less.",
     )
@@ -320,11 +344,11 @@ def residual(rows: pd.DataFrame) -> Finding | None:
     return Finding.checked(
         f"(d) One activation of the residual stream of {row['size']} at context {row['context_length']} is "
         f"{row['batch_size']} · {row['context_length']} · {row['d_model']} · 4 B = {row['residual_bytes']:,} B = "
-        f"{mebibytes(row['residual_bytes'])} MiB; {plural(row['residual_count'], 'allocation')} of that size are live "
-        "at the peak of forward",
-        row["residual_count"] >= row["num_layers"],
+        f"{mebibytes(row['residual_bytes'])} MiB; {plural(int(row['residual_count']), 'allocation')} of that size are "
+        "live at the peak of forward",
+        bool(row["residual_count"] > row["num_layers"]),
         so=f", more than one for each of the {row['num_layers']} blocks.",
-        but=f", fewer than the {row['num_layers']} blocks.",
+        but=f", no more than the {row['num_layers']} blocks.",
     )
 
 
@@ -336,8 +360,8 @@ def largest_finding(rows: pd.DataFrame) -> Finding | None:
     first = row["largest"][0]
     known = accounted_as(row, first["bytes"])
     return Finding.checked(
-        f"(e) The largest allocations at the peak of {_name(row)} are {first['count']} of {first['bytes']:,} B "
-        f"({bytes_in_words(first['bytes'])}), from {verbatim(first['place'])}",
+        f"(e) Of what {_name(row)} allocates, the largest that is live at the peak is {first['count']} of "
+        f"{first['bytes']:,} B ({bytes_in_words(first['bytes'])}), from {verbatim(first['place'])}",
         known != MISSING,
         so=f": the size of {known}.",
         but=": of a size that the accounting does not name.",
@@ -346,15 +370,20 @@ def largest_finding(rows: pd.DataFrame) -> Finding | None:
 
 def block_saved(rows: pd.DataFrame) -> Finding | None:
     """Part (f), what is kept."""
-    known = rows[(rows["status"] == "ok")].dropna(subset=["saved_bytes", "saved_accounted_bytes"])
+    measured = rows[(rows["status"] == "ok")].dropna(subset=["saved_bytes"])
+    known = measured.dropna(subset=["saved_accounted_bytes"])
     if not len(known):
-        return None
+        row = chosen(measured, "forward")
+        if row is None:
+            return None
+        told = f"(f) One block of {model_in_words(row)} saves {bytes_in_words(row['saved_bytes'])} for its backward"
+        return Finding(f"{told}; the accounting knows only our model with the reference attention.")
     off = (known["saved_bytes"] - known["saved_accounted_bytes"]).abs().max()
     row = chosen(known, "forward")
     assert row is not None
     share = sum(item["bytes"] for item in row["saved"][:TOP]) / row["saved_bytes"]
     return Finding.checked(
-        f"(f) One block of {row['size']} at context {row['context_length']} saves "
+        f"(f) One block of {model_in_words(row)} saves "
         f"{bytes_in_words(row['saved_bytes'])} for its backward, {percent(share)} of it in its {TOP} largest "
         f"contributors; over {plural(len(known), 'case')} the accounting is off by {bytes_in_words(off)} at most",
         bool(off == 0),
@@ -365,7 +394,7 @@ def block_saved(rows: pd.DataFrame) -> Finding | None:
 
 def block_gradients(rows: pd.DataFrame) -> Finding | None:
     """Part (f), what is made."""
-    known = rows[(rows["status"] == "ok")].dropna(subset=["block_gradient_bytes"])
+    known = rows[(rows["status"] == "ok")].dropna(subset=["block_gradient_bytes", "accounted_gradient_bytes"])
     if not len(known):
         return None
     row = known.loc[known["peak_bytes"].idxmax()]
@@ -378,49 +407,3 @@ def block_gradients(rows: pd.DataFrame) -> Finding | None:
         so=": a gradient for each parameter, and nothing else stays.",
         but=": something else stays too, or not all of it is seen.",
     )
-
-
-# Published -----------------------------------------------------------------------------------------------------
-
-
-def published(peaks: pd.DataFrame) -> Table:
-    """The peaks that others published, beside the least that they can be."""
-    columns = [
-        Column("phase", lambda row: row.phase, "left"),
-        Column("autocast", lambda row: row.autocast, "left"),
-        Column("context", lambda row: str(row.context_length)),
-        Column("published peak (GB)", lambda row: f"{row.at_least_bytes / 1e9:.0f}" + (" ?" if row.remark else "")),
-        Column("least peak (GB)", lambda row: f"{row.accounted_bytes / 1e9:.2f}"),
-        Column("of it saved by the blocks (GB)", lambda row: f"{row.num_layers * row.saved_accounted_bytes / 1e9:.2f}"),
-    ]
-    doubts = [
-        f"?: {row.phase}, autocast {row.autocast}, context {row.context_length}: {row.remark}."
-        for row in peaks.itertuples()
-        if row.remark
-    ]
-    notes = ["Decimal gigabytes, as published with the decimals cut off: 13 is anything from 13 to 14.", *doubts]
-    what = f"Published: peak memory of GPT-2 XL, batch 4, on an {A100}"
-    return Table.of(peaks, columns, caption=what, notes=notes)
-
-
-def published_findings(peaks: pd.DataFrame) -> Findings:
-    """Whether the accounting agrees with what others published, and what their largest allocation is."""
-    sound = peaks[peaks["remark"] == ""]
-    fits = (sound["accounted_bytes"] < sound["below_bytes"]).sum()
-    beside = Finding.checked(
-        f"The least that the peak can be is below {fits} of the {plural(len(sound), 'published peak')} that are not in "
-        "doubt",
-        bool(fits == len(sound)),
-        so=", as it must be.",
-        but=": the accounting has more than there was.",
-    )
-    case = peaks[(peaks["phase"] == "forward") & (peaks["context_length"] == LARGEST_ALLOCATION_CONTEXT)].iloc[0]
-    batch, heads, length = case["batch_size"], case["num_heads"], case["context_length"]
-    largest = Finding.checked(
-        f"(e) The largest allocations that others found at context {length} are of {LARGEST_ALLOCATION_BYTES:,} B; one "
-        f"matrix of scores is {batch} · {heads} · {length}² · 4 B = {case['score_matrix_bytes']:,} B",
-        bool(case["score_matrix_bytes"] == LARGEST_ALLOCATION_BYTES),
-        so=": the same.",
-        but=": another size.",
-    )
-    return Findings([beside, largest])

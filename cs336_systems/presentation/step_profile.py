@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,16 +19,23 @@ from cs336_systems.bench.report import (
     Findings,
     Picture,
     Table,
-    escaped,
     figure_style,
     number,
     percent,
     plural,
+    shortened,
     verbatim,
     with_deviation,
 )
 from cs336_systems.experiments.step_profile import PRODUCTS
-from cs336_systems.presentation.transformer_step import identity, published_text, shared_choices
+from cs336_systems.presentation.transformer_step import (
+    identity,
+    model_in_words,
+    published_text,
+    same_but,
+    shared_choices,
+    without_autocast,
+)
 from cs336_systems.profiling.categories import CATEGORIES
 
 if TYPE_CHECKING:
@@ -37,23 +43,21 @@ if TYPE_CHECKING:
 
 TOP = 8
 PHASES_OF_STEP = ("forward", "loss", "backward", "optimizer")
-NAME_WIDTH = 90
-"""Characters of a kernel's name that a table shows; template arguments may take thousands."""
 
 
 def prediction(predicted: pd.DataFrame) -> Table:
-    """What share of the time products should have at most, before anything runs."""
+    """What share of the time products would have if every part ran at its ceiling, before anything runs."""
     columns = [
         *identity(predicted),
         Column("floor of the phase (ms)", lambda row: number(row.bound_ms)),
-        Column("share of products, at most", lambda row: percent(row.product_share)),
+        Column("products' share if all ran at their ceilings", lambda row: percent(row.product_share)),
         Column("softmax / products of attention: FLOPs", lambda row: number(row.softmax_flops_ratio, 2)),
         Column("bytes moved", lambda row: number(row.softmax_traffic_ratio, 2)),
     ]
     ceilings = predicted["ceilings"].iloc[0] if len(predicted) else "no machine"
     notes = [
-        "The share is that of a step whose every part is a single kernel at its ceiling; operators that are not fused "
-        "move more bytes than that. Bytes moved are those of the reference's operators."
+        "Operators that are not fused move more bytes than a single kernel, which lowers the share; products that miss "
+        "their ceiling raise it. Bytes moved are those of the reference's operators."
     ]
     return Table.of(predicted, columns, caption=f"Where the time should go on {ceilings}, predicted", notes=notes)
 
@@ -65,7 +69,7 @@ def stopwatch(summary: pd.DataFrame) -> Table:
     """Part (a): whole steps by the stopwatch, under the profiler, and as the profile has them."""
     columns = [
         *identity(summary),
-        Column("stopwatch (ms)", partial(_timed, name="stopwatch")),
+        Column("stopwatch, median (ms)", partial(_timed, name="stopwatch")),
         Column("under the profiler (ms)", partial(_timed, name="profiled")),
         Column("ratio", lambda row: number(row.profiled_ms / row.stopwatch_ms, 3)),
         Column("range open (ms)", lambda row: number(row.open_ms, 4)),
@@ -76,7 +80,10 @@ def stopwatch(summary: pd.DataFrame) -> Table:
         Column(f"{A100} (ms)", lambda row: published_text(row.a100_ms, row.a100_std_ms)),
     ]
     rows = whole_phases(summary)
-    note = "Medians of whole steps with their synchronisation. Busy is when at least one of them ran."
+    note = (
+        "By stopwatch and under the profiler: medians of whole steps with their synchronisation, and deviations. How "
+        "long the range was open, and how long at least one of what it launched ran, are averages of recorded steps."
+    )
     return Table.of(rows, columns, caption=caption(summary, "Stopwatch and profiler"), notes=[note, *_notes(rows)])
 
 
@@ -89,7 +96,7 @@ def whole_phases(summary: pd.DataFrame) -> pd.DataFrame:
     """Of each record the range that is its phase."""
     if not len(summary):
         return summary
-    whole = summary["phase"].map({"forward": "forward", "forward-backward": "backward", "step": "step"})
+    whole = summary["phase"].where(summary["phase"] == "forward", "step")
     return summary[summary["range"] == whole]
 
 
@@ -119,16 +126,11 @@ def caption(summary: pd.DataFrame, what: str) -> str:
 
 
 def _notes(summary: pd.DataFrame) -> list[str]:
-    return remarks.notes_below(summary, _name) if len(summary) else []
+    return remarks.notes_below(summary, _name, _name) if len(summary) else []
 
 
 def _name(row: pd.Series) -> str:
-    return f"{row['phase']} of {_model(row)}"
-
-
-def _model(row: pd.Series) -> str:
-    autocast = "" if row["autocast"] == "none" else f" under {row['autocast']} autocast"
-    return f"{row['size']} at context {row['context_length']}{autocast}"
+    return f"{row['phase']} of {model_in_words(row)}"
 
 
 # Kernels -------------------------------------------------------------------------------------------------------
@@ -140,7 +142,7 @@ def kernels(summary: pd.DataFrame, range_name: str = "forward", top: int = TOP) 
     if row is None:
         return Finding(f"No case that has a range {range_name} could be profiled: the table above says why.")
     within = "alone" if row["phase"] == range_name else f"within a {row['phase']}"
-    what = f"{range_name.capitalize()} of {_model(row)}, {within}, on {row['machine']}, by {row['unit']}"
+    what = f"{range_name.capitalize()} of {model_in_words(row)}, {within}, on {row['machine']}, by {row['unit']}"
     shown = pd.DataFrame(row["kernels"][:top])
     if not len(shown):
         return remarks.without_record(row, what, _notes)
@@ -166,19 +168,34 @@ def kernels(summary: pd.DataFrame, range_name: str = "forward", top: int = TOP) 
 
 
 def largest(summary: pd.DataFrame, range_name: str) -> pd.Series | None:
-    """The row of a range that does the most work, measured or yet to be; of a forward one that is alone, if any is."""
+    """The row of a range that does the most work, measured or yet to be.
+
+    Of several alike one without autocast goes before, then one whose phase is that range alone.
+    """
     rows = summary[summary["range"] == range_name] if len(summary) else summary
     rows = rows[rows["status"].isin(["ok", "missing"])] if len(rows) else rows
     if not len(rows):
         return None
-    work = rows["num_layers"] * rows["d_model"] ** 2 * rows["context_length"]
-    alone = (rows["phase"] == range_name) & (rows["autocast"] == "none")
-    return rows.assign(work=work, alone=alone).sort_values(["work", "alone"], kind="stable").iloc[-1]
+    order = {
+        "work": rows["num_layers"] * rows["d_model"] ** 2 * rows["context_length"],
+        "is_plain": rows["autocast"] == "none",
+        "is_alone": rows["phase"] == range_name,
+    }
+    return rows.assign(**order).sort_values(list(order), kind="stable").iloc[-1]
 
 
-def shortened(name: str) -> str:
-    """A kernel's name with its end left out where it is too long for a table."""
-    return name if len(name) <= NAME_WIDTH else f"{name[: NAME_WIDTH - 1]}…"
+def largest_pair(summary: pd.DataFrame, first: str, second: str) -> tuple[pd.Series, pd.Series] | None:
+    """The rows of two ranges of the same model, of that which does the most work; the first one alone, if there is."""
+    measured = summary[summary["status"] == "ok"]
+    models = measured[same_but(measured, "phase")].map(str).agg(" ".join, axis="columns") if len(measured) else None
+    if models is None:
+        return None
+    known = models[measured["range"] == second]
+    row = largest(measured[models.isin(known)], first)
+    if row is None:
+        return None
+    other = largest(measured[models == models[row.name]], second)
+    return None if other is None else (row, other)
 
 
 # Categories ----------------------------------------------------------------------------------------------------
@@ -193,6 +210,8 @@ def categories(summary: pd.DataFrame) -> Table:
         Column("time (ms)", lambda row: number(row.total_ms, 4)),
         *(Column(name, partial(_share, category=name)) for name in CATEGORIES),
         Column("floor (ms)", lambda row: number(row.range_bound_ms or None)),
+        Column(f"{A100} (ms)", lambda row: number(row.a100_gpu_ms)),
+        Column("products there, at least", lambda row: percent(row.a100_products_percent_at_least / 100)),
     ]
     return Table.of(rows, columns, caption=caption(summary, f"Time of {_units(summary)} by kind"), notes=_notes(rows))
 
@@ -329,18 +348,23 @@ def findings(summary: pd.DataFrame) -> Findings:
         return Findings([Finding("No case was measured: run `python scripts/measure.py step_profile`.")])
     if not summary["status"].isin(["ok", "missing"]).any():
         return Findings([Finding("No case has a profile; the notes of the table say why.")])
+    plain = without_autocast(summary)
     forward = summary[summary["phase"] == "forward"]
-    plain = summary[summary["autocast"] == "none"]
-    return Findings(
-        [
-            *Finding.from_all(forward, "How forward under the profiler compares with the stopwatch", profiling_cost),
-            *Finding.from_all(plain, "Which kernel takes the most time", top_kernel),
-            *Finding.from_all(forward, "What matters beside matrix products", beside_products),
-            *Finding.from_all(plain, "How the share of matrix products changes with training", product_shares),
-            *Finding.from_all(forward, "How softmax compares with the products of attention", softmax_beside_products),
-            *staleness(summary),
-        ]
-    )
+    plain_forward = plain[plain["phase"] == "forward"]
+    answers = [
+        *Finding.from_all(forward, "How forward under the profiler compares with the stopwatch", profiling_cost),
+        *Finding.from_all(plain, "Which kernel takes the most time", top_kernel),
+        *Finding.from_all(plain, "What matters beside matrix products", beside_products),
+        *Finding.from_all(plain, "How the share of matrix products changes with training", product_shares),
+        *Finding.from_all(
+            plain_forward, "How softmax compares with the products of attention", softmax_beside_products
+        ),
+    ]
+    lacking = [phase for phase in ("forward", "step") if not summary["phase"].eq(phase).any()]
+    if lacking:
+        parts = {"forward": "(a), (d) and (e)", "step": "(d)"}[lacking[0]]
+        answers.append(Finding(f"{parts} cannot be answered: no phase {' and no phase '.join(lacking)} was asked for."))
+    return Findings([*answers, *staleness(summary)])
 
 
 def profiling_cost(rows: pd.DataFrame) -> Finding | None:
@@ -364,18 +388,19 @@ def profiling_cost(rows: pd.DataFrame) -> Finding | None:
 
 def top_kernel(rows: pd.DataFrame) -> Finding | None:
     """Part (b)."""
-    forward, backward = largest(rows, "forward"), largest(rows, "backward")
+    pair = largest_pair(rows, "forward", "backward")
+    forward = largest(rows, "forward") if pair is None else pair[0]
     if forward is None or not forward["kernels"]:
         return None
     first = forward["kernels"][0]
     fact = (
-        f"(b) In forward of {_model(forward)} the {forward['unit']} with the most time is "
+        f"(b) In forward of {model_in_words(forward)} the {forward['unit']} with the most time is "
         f"{verbatim(shortened(first['name']))}, with {percent(first['share'])} of it in {_count(first['instances'])} "
         "calls"
     )
-    if backward is None or not backward["kernels"]:
+    if pair is None:
         return Finding(f"{fact}.")
-    then = backward["kernels"][0]
+    then = pair[1]["kernels"][0]
     return Finding.checked(
         fact,
         then["name"] == first["name"],
@@ -391,10 +416,10 @@ def beside_products(rows: pd.DataFrame) -> Finding | None:
         return None
     others = [kernel for kernel in row["kernels"] if kernel["category"] not in PRODUCTS and kernel["share"] >= 0.01]
     if not others:
-        return Finding(f"(c) Beside matrix products nothing takes a hundredth of forward ({_model(row)}).")
+        return Finding(f"(c) Beside matrix products nothing takes a hundredth of forward ({model_in_words(row)}).")
     named = [f"{verbatim(shortened(kernel['name']))} {percent(kernel['share'])}" for kernel in others[:5]]
     return Finding.checked(
-        f"(c) Beside matrix products forward of {_model(row)} spends its time in {enumerated(named)}",
+        f"(c) Beside matrix products forward of {model_in_words(row)} spends its time in {enumerated(named)}",
         all(kernel["category"] in ("elementwise", "copies", "softmax and other reductions") for kernel in others[:5]),
         so=": operators that do next to no arithmetic on what they move.",
         but=".",
@@ -402,17 +427,18 @@ def beside_products(rows: pd.DataFrame) -> Finding | None:
 
 
 def product_shares(rows: pd.DataFrame) -> Finding | None:
-    """Part (d)."""
-    inference = largest(rows[rows["phase"] == "forward"], "forward")
-    step = largest(rows[rows["phase"] == "step"], "step")
-    if inference is None or step is None:
+    """Part (d): of one model alone and in a whole step."""
+    pair = largest_pair(rows[rows["phase"].isin(["forward", "step"])], "forward", "step")
+    if pair is None or pair[0]["phase"] != "forward" or pair[1]["phase"] != "step":
         return None
-    optimizer = largest(rows[rows["phase"] == "step"], "optimizer")
-    share = "" if optimizer is None else f" The optimizer, {percent(optimizer['total_ms'] / step['total_ms'])} of it, "
-    share += "has none." if share else ""
+    inference, step = pair
+    optimizer = rows[(rows["case"] == step["case"]) & (rows["range"] == "optimizer")]
+    share = "".join(
+        f" The optimizer, {percent(row.total_ms / step['total_ms'])} of it, has none." for row in optimizer.itertuples()
+    )
     return Finding.checked(
         f"(d) Matrix products are {percent(inference['product_share'])} of inference and "
-        f"{percent(step['product_share'])} of a whole training step ({_model(step)})",
+        f"{percent(step['product_share'])} of a whole training step ({model_in_words(step)})",
         bool(step["product_share"] < inference["product_share"]),
         so=f": training adds more of everything else.{share}",
         but=f": here training does not lower their share.{share}",
@@ -420,67 +446,17 @@ def product_shares(rows: pd.DataFrame) -> Finding | None:
 
 
 def softmax_beside_products(rows: pd.DataFrame) -> Finding | None:
-    """Part (e)."""
+    """Part (e): whether the ratio of times is that of the bytes, and not that of the FLOPs."""
     known = attention_rows(rows[rows["status"] == "ok"])
+    known = known.dropna(subset=["time_ratio"]) if len(known) else known
     if not len(known):
         return None
     row = known.sort_values(["context_length", "d_model"]).iloc[-1]
+    time, of_flops, of_bytes = row["time_ratio"], row["softmax_flops_ratio"], row["softmax_traffic_ratio"]
     return Finding.checked(
-        f"(e) In attention of {_model(row)} softmax takes {number(row['time_ratio'], 2)} times as long as the two "
-        f"products, and does {number(row['softmax_flops_ratio'], 2)} times their FLOPs; its operators move "
-        f"{number(row['softmax_traffic_ratio'], 2)} times the bytes",
-        bool(row["time_ratio"] > 3 * row["softmax_flops_ratio"]),
-        so=": its time is that of moving the scores, not of arithmetic.",
-        but=": here its time is about that of its arithmetic.",
+        f"(e) In attention of {model_in_words(row)} softmax takes {number(time, 2)} times as long as the two products, "
+        f"and does {number(of_flops, 2)} times their FLOPs; its operators move {number(of_bytes, 2)} times the bytes",
+        bool(time > 3 * of_flops and abs(math.log(time / of_bytes)) < abs(math.log(time / of_flops))),
+        so=": its time goes with the scores that it moves, and not with its arithmetic.",
+        but=": here its time is nearer to that of its arithmetic.",
     )
-
-
-# Published -----------------------------------------------------------------------------------------------------
-
-
-def published(rows: pd.DataFrame) -> Table:
-    """The kernels that others published, in the columns of Nsight Systems."""
-    columns = [
-        Column("range", lambda row: row.range, "left"),
-        Column("time %", lambda row: f"{row.time_percent:.1f}"),
-        Column("total (ms)", lambda row: f"{row.total_ms:.3f}"),
-        Column("instances", lambda row: f"{row.instances:,}"),
-        Column("average (ms)", lambda row: f"{row.avg_ms:.3f}"),
-        Column("median (ms)", lambda row: f"{row.median_ms:.3f}"),
-        Column("std (ms)", lambda row: f"{row.std_ms:.3f}"),
-        Column("category", lambda row: row.category, "left"),
-        Column("kernel", lambda row: verbatim(shortened(row.kernel)), "left"),
-    ]
-    note = "forward_nonmatmul lists kernels of forward other than matrix products; of every range the first rows alone."
-    what = f"Published: kernels of GPT-2 XL, batch 4, context 256, float32, on an {A100} under Nsight Systems"
-    return Table.of(rows, columns, caption=what, notes=[escaped(note)])
-
-
-def published_findings(shares: pd.DataFrame, softmax: Mapping[str, float]) -> Findings:
-    """What the published figures say of the same questions."""
-    forward, backward, step = (shares.loc[name] for name in ("forward", "backward", "train_step"))
-    top = Finding.checked(
-        f"(b) On an {A100} others saw {verbatim(forward['kernel'])} take {forward['percent']} % of forward in "
-        f"{forward['instances']} calls",
-        backward["kernel"] == forward["kernel"],
-        so=", and the same lead in backward.",
-        but=f"; in backward {verbatim(shortened(backward['kernel']))} leads, with {backward['percent']} %.",
-    )
-    products = Finding.checked(
-        f"(d) There matrix products are at least {number(forward['products_percent'])} % of forward, and at least "
-        f"{number(step['products_percent'])} % of a training step",
-        bool(step["products_percent"] < forward["products_percent"]),
-        so="; what else was printed of the step are elementwise kernels, of the optimizer's too.",
-        but=".",
-    )
-    measured, traffic = softmax["a100_softmax_us"], softmax["softmax_traffic_us"]
-    moved = Finding.checked(
-        f"(e) One layer's softmax takes {number(measured, 3)} µs there, of "
-        f"{number(softmax['a100_attention_us'], 4)} µs of attention with its projections. It has "
-        f"{number(softmax['softmax_flops_ratio'], 2)} times the FLOPs of the products; moving what its operators read "
-        f"and write takes {number(traffic, 3)} µs at the datasheet's bandwidth",
-        bool(0.7 <= measured / traffic <= 1.5),
-        so=": its time is that of its traffic, part of which the cache keeps.",
-        but=": its time is not that of its traffic alone.",
-    )
-    return Findings([top, products, moved])

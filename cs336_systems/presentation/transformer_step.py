@@ -44,6 +44,7 @@ _CHOICES = (
     "attention",
     "formulation",
     "optimizer",
+    "rope",
     "model",
 )
 _PLAIN = {
@@ -53,6 +54,7 @@ _PLAIN = {
     "attention": "reference",
     "formulation": "reference",
     "optimizer": "reference",
+    "rope": "2025",
 }
 
 
@@ -172,6 +174,33 @@ def shared_choices(summary: pd.DataFrame) -> list[str]:
         for name in _CHOICES
         if summary[name].nunique(dropna=False) == 1 and first[name] is not None and first[name] != _PLAIN.get(name)
     ]
+
+
+def model_in_words(row: pd.Series) -> str:
+    """Size and context of a case, and every choice in which it is not plain."""
+    return f"{row['size']} at context {row['context_length']}{choices_in_words(row)}"
+
+
+def choices_in_words(row: pd.Series) -> str:
+    """Every choice in which a case is not plain, each behind a comma."""
+    chosen = [
+        f"{name} {row[name]}"
+        for name in _CHOICES
+        if row[name] is not None and row[name] != _PLAIN.get(name) and (name, row[name]) != ("dtype", "float32")
+    ]
+    return "".join(f", {choice}" for choice in chosen)
+
+
+def without_autocast(summary: pd.DataFrame) -> pd.DataFrame:
+    """The rows without autocast; all, where every one is under it."""
+    plain = summary["autocast"] == "none"
+    return summary[plain] if plain.any() else summary
+
+
+def same_but(rows: pd.DataFrame, *names: str) -> list[str]:
+    """The columns in which two cases must agree to differ in `names` alone."""
+    fields = ("d_model", "d_ff", "num_layers", "num_heads", "vocab_size", "context_length", "batch_size", "phase")
+    return [name for name in (*fields, *_CHOICES) if name in rows and name not in names]
 
 
 def notes_below(summary: pd.DataFrame) -> list[str]:

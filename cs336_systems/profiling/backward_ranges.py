@@ -13,6 +13,7 @@ Source: torch.Tensor.register_hook.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
@@ -42,7 +43,7 @@ class _Marks:
     """Which block's backward is open."""
 
     def __init__(self) -> None:
-        self._open: tuple[int, contextlib.ExitStack] | None = None
+        self._open: tuple[int, int, contextlib.ExitStack] | None = None
 
     def before(self, index: int, _: nn.Module, inputs: tuple[Any, ...]) -> None:
         for found in inputs[:1]:
@@ -57,13 +58,14 @@ class _Marks:
         self.close()
         opened = contextlib.ExitStack()
         opened.enter_context(recorded_range(f"backward of block {index}"))
-        self._open = (index, opened)
+        self._open = (index, threading.get_ident(), opened)
 
     def _end(self, index: int, _: Tensor) -> None:
         if self._open is not None and self._open[0] == index:
             self.close()
 
     def close(self) -> None:
-        if self._open is not None:
-            self._open[1].close()
-            self._open = None
+        """End the range that is open. One of another thread is not ended here: ranges are a stack of their thread."""
+        if self._open is not None and self._open[1] == threading.get_ident():
+            self._open[2].close()
+        self._open = None

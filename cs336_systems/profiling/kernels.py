@@ -85,6 +85,22 @@ class Recording:
             raise unknown_name("range", name, dict.fromkeys(self.range_keys["range"]))
 
 
+def during(recording: Recording, name: str) -> Recording:
+    """What was launched, and which ranges were opened, while the range called `name` was open, the first time.
+
+    Raises:
+        UserError: there is no such range.
+    """
+    recording.check_range(name)
+    ranges, work = recording.ranges, recording.work
+    around = ranges[ranges["name"] == name].sort_values("start").iloc[0]
+    opened = ranges["start"].between(around["start"], around["end"]) & (ranges["end"] <= around["end"])
+    launched = work["launched"].between(around["start"], around["end"])
+    return dataclasses.replace(
+        recording, ranges=ranges[opened].reset_index(drop=True), work=work[launched].reset_index(drop=True)
+    )
+
+
 # Membership ----------------------------------------------------------------------------------------------------
 
 

@@ -37,8 +37,9 @@ def record_trace(path: Path, device: str, *, memory: bool = False, stacks: bool 
     Raises:
         UserError: the file cannot be written, or another profiler is at work.
     """
-    # The profiler would tell stderr when it begins and ends.
+    # The profiler would tell stderr when it begins and ends, and CUPTI would stay attached and slow down what follows.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    os.environ.setdefault("TEARDOWN_CUPTI", "1")
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -75,7 +76,8 @@ def record_memory(path: Path, device: str) -> Iterator[None]:
     """Write what runs inside allocates and frees, with the lines of code it comes from, to `path`.
 
     On a GPU that is a memory snapshot (.pickle), which knows what was there before; on a CPU a trace (.json), which
-    does not, nor that any of it is freed.
+    does not, nor that any of it is freed. A GPU's backward runs on a thread without Python's frames, so C++'s are
+    recorded too.
 
     Raises:
         UserError: the file cannot be written.
@@ -86,7 +88,7 @@ def record_memory(path: Path, device: str) -> Iterator[None]:
         return
     torch.cuda.synchronize()
     torch.cuda.memory._record_memory_history(
-        max_entries=MOST_EVENTS, context="all", stacks="python", global_record_annotations=True
+        max_entries=MOST_EVENTS, context="all", stacks="all", global_record_annotations=True
     )
     try:
         with _file_for(path, "snapshot"):

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from cs336_systems.attention.flash import FlashAttention
-from cs336_systems.attention.inputs import ALIGNMENTS, Alignment, check_inputs, diagonal
+from cs336_systems.attention.inputs import ALIGNMENTS, Alignment, check_inputs, diagonal, in_autocast_precision
 from cs336_systems.errors import UserError
+from cs336_systems.model import TransformerConfig, build_model
 
 pytestmark = pytest.mark.problem("flash_forward")
 
@@ -139,3 +140,27 @@ def test_the_diagonal_is_at_the_top_left_unless_asked() -> None:
 @pytest.mark.parametrize("alignment", ALIGNMENTS)
 def test_without_a_causal_mask_there_is_no_diagonal(alignment: Alignment) -> None:
     assert diagonal(of(1, 2, 3), of(1, 4, 3), False, alignment) is None
+
+
+def test_under_autocast_inputs_take_its_precision_and_without_it_they_are_the_same_objects() -> None:
+    inputs = of(1, 3, 2), of(1, 3, 2).to(torch.bfloat16), of(1, 3, 2)
+    assert all(found is given for found, given in zip(in_autocast_precision(*inputs), inputs, strict=True))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert {found.dtype for found in in_autocast_precision(*inputs)} == {torch.bfloat16}
+    with torch.autocast("cpu", enabled=False):
+        assert in_autocast_precision(*inputs)[0] is inputs[0]
+
+
+@pytest.mark.parametrize("attention", ["flash", "sdpa", "cs336_systems.attention.flash:FlashAttention"])
+def test_every_attention_runs_in_a_model_under_autocast_near_the_reference(attention: str) -> None:
+    config = TransformerConfig(d_model=16, d_ff=32, num_layers=1, num_heads=2, vocab_size=50, context_length=8)
+    models = []
+    for name in ("reference", attention):
+        torch.manual_seed(0)
+        models.append(build_model(config, attention=name))
+    tokens = torch.randint(50, (2, 8))
+    exact = models[0](tokens)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        reference, other = (model(tokens) for model in models)
+    # No farther from float32 than a few times the reference's own error under autocast.
+    assert (other - exact).norm() <= 4 * (reference - exact).norm()

@@ -211,23 +211,46 @@ def test_stale_records_and_none_at_all_are_said_to_be_so(store: Store) -> None:
     assert "notes of the table say why" in said(summary(store, out_of_memory()))
 
 
-# Published -----------------------------------------------------------------------------------------------------
+# Grids that are odd -------------------------------------------------------------------------------------------
 
 
-def test_published_peaks_stand_beside_the_accounting_with_the_doubt_said(store: Store) -> None:
-    peaks = memory_profile.published_peaks(store)
-    table = presentation.published(peaks)
-    assert cells(table, "published peak (GB)")[:3] == ["13", "20", "37"]
-    assert cells(table, "published peak (GB)")[-1] == "37 ?"
-    assert any("probably 256" in note for note in table.notes)
+def test_precisions_are_compared_within_one_attention(store: Store) -> None:
+    reference = [memory_record(case_of(context=1024, autocast=autocast)) for autocast in ("none", "bfloat16")]
+    other = memory_record(case_of(context=1024, autocast="bfloat16", rope="2026"), over=0.1)
+    assert said(summary(store, *reference)).count("(c)") == 1
+    with_other, without = (
+        presentation.mixed_precision(summary(store, *rows)) for rows in ([*reference, other], reference)
+    )
+    assert str(with_other) == str(without)
 
 
-def test_the_published_largest_allocation_is_one_matrix_of_scores(store: Store) -> None:
-    text = plain(presentation.published_findings(memory_profile.published_peaks(store)))
-    assert "4 · 25 · 512² · 4 B = 104,857,600 B: the same" in text
-    assert "9 of the 9 published peaks" in text
-    peaks = memory_profile.published_peaks(store)
-    wrong = peaks.assign(score_matrix_bytes=1, accounted_bytes=1e12)
-    other = plain(presentation.published_findings(wrong))
-    assert "another size" in other
-    assert "has more than there was" in other
+def test_a_grid_under_autocast_alone_is_answered_all_the_same(store: Store) -> None:
+    records = [memory_record(case_of(phase=phase, autocast="bfloat16")) for phase in ("forward", "step")]
+    assert re.findall(r"^- \((\w)\)", said(summary(store, *records)), re.MULTILINE) == ["a", "d", "e", "f", "f"]
+
+
+def test_what_was_not_asked_for_is_told_apart_from_what_did_not_run(store: Store) -> None:
+    steps = summary(store, memory_record(case_of(phase="step")))
+    assert "No case of phase forward was asked for." in str(presentation.timeline(steps))
+    assert "the table says why" in str(presentation.timeline(summary(store, out_of_memory())))
+
+
+def test_what_another_attention_saves_is_told_without_an_accounting(store: Store) -> None:
+    record = memory_record(case_of())
+    record.case["attention"] = "flash"
+    text = said(summary(store, record))
+    assert "(f) One block of small at context 128, attention flash saves" in text
+    assert "the accounting knows only our model" in text
+
+
+def test_why_nothing_is_known_of_a_block_is_said_in_the_place_of_its_table(store: Store) -> None:
+    record = memory_record(case_of())
+    record.measurement.values["saved"] = {"reason": "the model must have its blocks in a list"}
+    assert "the model must have its blocks in a list" in str(presentation.saved(summary(store, record)))
+
+
+def test_a_peak_that_is_not_made_by_what_forward_saves_is_told_otherwise(store: Store) -> None:
+    assert "goes as backward uses it" in said(summary(store, *usual()))
+    record = memory_record(case_of(phase="step"))
+    record.measurement.values["peak_phases"] = ["optimizer"]
+    assert "is not what makes this peak" in said(summary(store, record))

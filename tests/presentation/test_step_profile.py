@@ -193,8 +193,8 @@ def test_a_share_of_products_that_training_does_not_lower_is_said_to_be_so(store
 def test_softmax_as_slow_as_its_arithmetic_is_told_otherwise_than_one_that_moves_bytes(store: Store) -> None:
     fast = usual_kernels("forward") | {"softmax": {"aten::exp": (2, 0.1)}}
     text = said(summary(store, profile_record(case_of(), kernels=fast)))
-    assert "about that of its arithmetic" in text
-    assert "that of moving the scores" in said(summary(store, usual()))
+    assert "nearer to that of its arithmetic" in text
+    assert "goes with the scores that it moves" in said(summary(store, usual()))
 
 
 def test_with_a_hole_in_the_grid_no_answer_is_given_for_the_whole(store: Store) -> None:
@@ -217,11 +217,58 @@ def test_each_machine_keeps_its_own_row(store: Store) -> None:
     assert isinstance(presentation.elsewhere(pd.DataFrame()), Finding)
 
 
-# Published -----------------------------------------------------------------------------------------------------
+# Grids that are odd -------------------------------------------------------------------------------------------
 
 
-def test_the_published_kernels_keep_their_figures() -> None:
-    table = presentation.published(step_profile.published_kernels())
-    assert cells(table, "range")[0] == "forward"
-    assert "43.0" in cells(table, "time %")
-    assert "`ampere_sgemm_128x64_tn`" in cells(table, "kernel")
+def test_inference_is_compared_with_the_step_of_the_same_model_where_that_of_a_larger_one_did_not_fit(
+    store: Store,
+) -> None:
+    oom = record_of(
+        "step_profile", case_of(context=512, phase="step"), Measurement(values={}), status="oom", reason="big"
+    )
+    larger = usual("forward", 512, products_ms=900.0)
+    text = said(summary(store, *both(), larger, oom))
+    assert "(d) Matrix products are 60 % of inference and 49 % of a whole training step (small at context 128)" in text
+    assert "(b) In forward of small at context 128 the operator" in text
+
+
+def test_a_phase_of_forward_and_backward_is_told_as_a_whole(store: Store) -> None:
+    kernels = usual_kernels("step") | usual_kernels("forward-backward")
+    record = profile_record(case_of(phase="forward-backward"), kernels=kernels)
+    rows = summary(store, record)
+    table = presentation.stopwatch(rows)
+    (whole,) = rows[rows["range"] == "step"]["total_ms"]
+    assert float(cells(table, "operators busy (ms)")[0]) == pytest.approx(whole, rel=1e-3)
+    assert "(a), (d) and (e) cannot be answered: no phase forward and no phase step was asked for" in said(rows)
+
+
+def test_with_several_precisions_the_kernels_shown_are_of_one_without_autocast(store: Store) -> None:
+    rows = summary(store, *both(autocast="bfloat16"), *both())
+    for name in ("forward", "backward"):
+        found = presentation.largest(rows, name)
+        assert found is not None
+        assert found["autocast"] == "none"
+    only = summary(store, *both(autocast="bfloat16"))
+    assert re.findall(r"^- \((\w)\)", said(only), re.MULTILINE) == ["a", "b", "c", "d", "e"]
+
+
+def test_notes_count_cases_and_not_their_ranges(store: Store) -> None:
+    noisy = summary(store, *both(noise={"flags": ["spread 40 %"]}))
+    for show in (presentation.stopwatch, presentation.categories):
+        (note,) = [note for note in show(noisy).notes if note.startswith("~")]
+        assert "2 of 2 cases" in note
+    oom = record_of("step_profile", case_of(phase="step"), Measurement(values={}), status="oom", reason="too large")
+    (note,) = [note for note in presentation.categories(summary(store, oom)).notes if note.startswith("oom")]
+    assert note.count("small at context 128") == 1
+
+
+def test_another_attention_is_named(store: Store) -> None:
+    kernels = {name: found for name, found in usual_kernels("forward").items() if name not in ("scores", "softmax")}
+    rows = summary(store, profile_record(case_of(attention="flash"), kernels=kernels))
+    assert "small at context 128, attention flash" in said(rows)
+
+
+def test_published_figures_stand_beside_the_same_work_alone(store: Store) -> None:
+    published = profile_record(case_of("gpt2-xl", 256), kernels=usual_kernels("forward"))
+    table = presentation.categories(summary(store, published, usual()))
+    assert cells(table, "products there, at least") == ["85 %", "–"]

@@ -34,6 +34,7 @@ def row(**changes: Any) -> dict[str, Any]:
         "attention": "reference",
         "formulation": "reference",
         "optimizer": "reference",
+        "rope": "2025",
         "model": None,
         "warmup": 5,
         "steps": 10,

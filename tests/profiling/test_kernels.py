@@ -16,6 +16,7 @@ from cs336_systems.profiling.kernels import (
     RANGE_COLUMNS,
     WORK_COLUMNS,
     Recording,
+    during,
     membership,
     occurrences,
     outside,
@@ -354,3 +355,35 @@ def test_every_kernel_of_the_published_table_has_a_category(store: Store) -> Non
 
 def test_every_pattern_is_of_a_category() -> None:
     assert {category for category, _ in PATTERNS} == {*CATEGORIES} - {"other"}
+
+
+# A part of a recording -----------------------------------------------------------------------------------------
+
+
+def test_during_a_range_are_what_was_launched_and_opened_in_it_wherever_it_ran() -> None:
+    whole = recording(
+        [
+            opened("warm-up", 0, 10),
+            opened("step", 1, 9),
+            opened("measured", 20, 40),
+            opened("step", 21, 29),
+            opened("step", 30, 39),
+            opened("across", 35, 50),
+        ],
+        [
+            ran("early", 5, 6, 30),
+            ran("within", 25, 60, 70),
+            ran("late", 45, 46, 47),
+            ran("autograd", 33, 34, 35, AUTOGRAD),
+        ],
+    )
+    part = during(whole, "measured")
+    assert part.ranges["name"].tolist() == ["measured", "step", "step"]
+    assert part.work["name"].tolist() == ["within", "autograd"]
+    assert members(part)["step"] == ["autograd", "within"]
+    assert overview(part).set_index("range").loc["step", "occurrences"] == 2
+
+
+def test_during_a_range_that_does_not_occur_is_an_error_that_lists_those_that_do() -> None:
+    with pytest.raises(UserError, match="measured"):
+        during(recording([opened("measured", 0, 1)], []), "mesured")

@@ -26,7 +26,10 @@ from cs336_systems.profiling import nsys_capture
 from cs336_systems.profiling.catalogue import Profile, profiles
 from cs336_systems.step_options import ranged_store
 
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="the nsys of these tests is a script that begins with #!")
+pytestmark = [
+    pytest.mark.problem("nsys_profile"),
+    pytest.mark.skipif(os.name == "nt", reason="the nsys of these tests is a script that begins with #!"),
+]
 
 TOY = ["--d-model", "16", "--d-ff", "32", "--num-layers", "1", "--num-heads", "2", "--vocab-size", "50"]
 SMALLEST = [*TOY, "--context", "8", "--device", "cpu"]

@@ -74,7 +74,7 @@ def profile_record(
             ],
             "categories": _by_category(found, case),
         }
-    whole = {"forward": "forward", "forward-backward": "backward", "step": "step"}[case.phase]
+    whole = "forward" if case.phase == "forward" else "step"
     step_ms = ranges[whole]["total_ns"] / 1e6 / case.steps
     samples = {
         "stopwatch_ms": [step_ms, step_ms * 1.01],
