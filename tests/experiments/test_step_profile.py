@@ -222,7 +222,7 @@ def test_the_step_that_begins_within_the_profiler_is_not_kept() -> None:
     """The first recorded step has what a profiler does once."""
     seen: list[int] = []
     measured = step_profile.measure(tiny(steps=2), lambda _: seen.append(1))
-    assert len(seen) == 1 + 1 + (1 + 2) + (1 + 1)  # warm-up, before, within, after
+    assert len(seen) == 1 + 1 + (1 + 2) + 1  # warm-up, before, within, after
     assert measured.values["ranges"]["forward"]["occurrences"] == 2
 
 
