@@ -49,7 +49,7 @@ from cs336_systems.profiling.trace_memory import read_trace_memory
 LAPTOP_CONTEXTS: Mapping[str, Sequence[int]] = {"tiny": [128, 256, 512], "small": [128]}
 MOST_GROUPS, MOST_FRAMES = 8, 6
 """Of what is live at the peak, by size and by line; and of a stack."""
-MOST_BANDS, MOST_POINTS = 150, 500
+MOST_BANDS, MOST_POINTS = 100, 500
 """Of a timeline: allocations that are drawn each on its own, and moments of the curve above them."""
 
 
@@ -141,7 +141,10 @@ def record_step(case: Case, step: BuiltStep, folder: Path) -> MemoryHistory:
         with named_range(RECORDED):
             step()
     recorded = read_snapshot(path) if is_gpu else read_trace_memory(path, "cpu", start_bytes=held)
-    return recorded.within(RECORDED)
+    recorded = recorded.within(RECORDED)
+    # PyTorch marks its optimizers' calls by ranges of its own, such as `Optimizer.step#AdamW.step`.
+    ours = tuple(phase for phase in recorded.timeline.phases if not phase.name.startswith("Optimizer."))
+    return dataclasses.replace(recorded, timeline=dataclasses.replace(recorded.timeline, phases=ours))
 
 
 def run_before(case: Case, step: BuiltStep) -> None:

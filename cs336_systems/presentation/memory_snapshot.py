@@ -241,7 +241,7 @@ def _trace(row: Any) -> str:
 
 BEFORE, REST, OTHERS = "#eef0f3", "#d9dee5", "#c3cbd6"
 SMALLER = "smaller allocations"
-FEW_BANDS = 150
+FEW_BANDS = 60
 POINTS = 4000
 """Of the curve of a timeline that is drawn at once."""
 ROOM_PER_LETTER, WIDTH_PER_LETTER = 0.004, 0.009
