@@ -8,6 +8,7 @@ thing (analysis, records, presentation).
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import importlib
 import importlib.metadata
@@ -15,9 +16,9 @@ import inspect
 import io
 import sys
 import tokenize
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 import torch
@@ -43,6 +44,8 @@ _NOT_MEASURED = (
 _MEASURED_WITH = (f"{PACKAGE}.bench.timing", f"{PACKAGE}.bench.allocator")
 
 
+# What is a function of a source's text alone is kept: a document of many experiments asks for it dozens of times.
+@functools.lru_cache(maxsize=2048)
 def bare_source(source: str) -> str:
     """`source` without comments, docstrings and blank lines: the same for the same program."""
     lines = source.split("\n")  # as Python counts them; splitlines() also splits at other characters
@@ -85,12 +88,14 @@ def function_with_callees(function: Callable[..., Any]) -> str:
     return "\n".join(found[name] for name in sorted(found))
 
 
-def names_in(source: str) -> set[str]:
+@functools.lru_cache(maxsize=2048)
+def names_in(source: str) -> frozenset[str]:
     """Every name that a piece of source uses."""
-    return {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
+    return frozenset(node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name))
 
 
-def _top_level_definitions(source: str) -> dict[str, str]:
+@functools.lru_cache(maxsize=512)
+def _top_level_definitions(source: str) -> Mapping[str, str]:
     """The source of every function, class and constant of a module, by name."""
     lines = source.split("\n")  # as in `bare_source`
     definitions: dict[str, str] = {}
@@ -105,7 +110,7 @@ def _top_level_definitions(source: str) -> dict[str, str]:
             continue
         segment = "\n".join(lines[first - 1 : node.end_lineno])
         definitions |= dict.fromkeys(names, segment)
-    return definitions
+    return MappingProxyType(definitions)
 
 
 def module_file(name: str) -> Path | None:
@@ -116,13 +121,21 @@ def module_file(name: str) -> Path | None:
 
 def imported_modules(path: Path) -> Iterator[str]:
     """The modules of this package that a source file imports, anywhere in it."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for module, name in _imports_in(path.read_text(encoding="utf-8")):
+        submodule = f"{module}.{name}"
+        yield submodule if name and module_file(submodule) else module
+
+
+@functools.lru_cache(maxsize=512)
+def _imports_in(source: str) -> tuple[tuple[str, str], ...]:
+    """What a source imports of this package: modules, each with what is taken of it, or with nothing."""
+    found: list[tuple[str, str]] = []
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if alias.name.partition(".")[0] == PACKAGE)
+            found += [(alias.name, "") for alias in node.names if alias.name.partition(".")[0] == PACKAGE]
         elif isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == PACKAGE:
-            for alias in node.names:
-                submodule = f"{node.module}.{alias.name}"
-                yield submodule if module_file(submodule) else str(node.module)
+            found += [(str(node.module), alias.name) for alias in node.names]
+    return tuple(found)
 
 
 def measured_modules(experiment: ModuleType) -> list[str]:

@@ -150,7 +150,8 @@ class Table:
     @classmethod
     def of(cls, summary: pd.DataFrame, columns: Sequence[Column], *, caption: str, notes: Sequence[str] = ()) -> Table:
         """One row of text per row of `summary`; a column without a single value is left out."""
-        texts = {column: [column.text(row) for row in summary.itertuples()] for column in columns}
+        rows = list(summary.itertuples())
+        texts = {column: [column.text(row) for row in rows] for column in columns}
         shown = [column for column in columns if any(text != MISSING for text in texts[column])]
         cells = [_aligned(texts[column]) if column.align == "right" else texts[column] for column in shown]
         return cls(
