@@ -59,7 +59,7 @@ Stack = tuple[Frame, ...]
 def short_name(filename: str) -> str:
     """A file without its folders.
 
-    >>> short_name("/work/package/model.py")
+    >>> short_name("/project/package/model.py")
     'model.py'
     """
     return re.split(r"[/\\]", filename)[-1]

@@ -83,7 +83,7 @@ def test_a_trace_of_a_gpu_has_what_it_reserves_and_tells_that_sizes_are_rounded_
 def test_of_functions_it_is_told_that_their_line_is_the_first(tmp_path: Path) -> None:
     made = of_trace(
         tmp_path / "trace.json",
-        function("/work/model.py(190): forward", 0, 50),
+        function("/project/model.py(190): forward", 0, 50),
         operator("aten::exp", 5, 10),
         change(2**20, 10, 1),
         change(3, 10, 2, **{"Device Type": "cpu"}),

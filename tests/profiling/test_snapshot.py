@@ -108,7 +108,7 @@ def test_of_the_sample_what_is_under_a_function_can_be_told(a100: Snapshot) -> N
 
 # Made ----------------------------------------------------------------------------------------------------------
 
-FORWARD, STEP = frame("forward", 10), frame("step", 3, "/work/train.py")
+FORWARD, STEP = frame("forward", 10), frame("step", 3, "/project/train.py")
 
 
 def test_peak_moment_phase_and_place_are_those_of_the_event_that_reached_it(tmp_path: Path) -> None:

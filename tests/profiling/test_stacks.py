@@ -11,8 +11,8 @@ TORCH = Frame("linear", "/venv/lib/python3.11/site-packages/torch/nn/functional.
 EINOPS = Frame("rearrange", "/venv/lib/python3.11/site-packages/einops/einops.py", 5)
 GENERATED = Frame("op1", "<string>", 3)
 STANDARD = Frame("__exit__", "/usr/lib/python3.11/contextlib.py", 141)
-MINE = Frame("forward", "/work/model.py", 43)
-CALLER = Frame("main", "/work/train.py", 7)
+MINE = Frame("forward", "/project/model.py", 43)
+CALLER = Frame("main", "/project/train.py", 7)
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def test_an_allocation_is_put_down_to_the_innermost_line_that_its_user_wrote(sta
 
 def test_a_stack_matches_by_path_or_line_or_function() -> None:
     stack = (NATIVE, TORCH, MINE)
-    assert [matches(stack, text) for text in ("model.py:43", "/work/", "forward", "linear", "train")] == [
+    assert [matches(stack, text) for text in ("model.py:43", "/project/", "forward", "linear", "train")] == [
         *(True, True, True, True),
         False,
     ]
@@ -46,7 +46,7 @@ def test_a_stack_matches_by_path_or_line_or_function() -> None:
 
 def within(*lines: tuple[str, int]) -> Stack:
     """A stack from the outermost call in, all in one file."""
-    return tuple(Frame(name, "/work/model.py", line) for name, line in reversed(lines))
+    return tuple(Frame(name, "/project/model.py", line) for name, line in reversed(lines))
 
 
 def of_block(line: int, *inner: tuple[str, int]) -> Stack:

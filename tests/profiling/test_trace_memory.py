@@ -48,16 +48,16 @@ def places(memory: TraceMemory) -> list[str]:
 
 def test_a_stack_is_what_was_open_on_the_thread_from_the_innermost_out(read: Any) -> None:
     memory = read(
-        function("/work/train.py(3): step", 0, 100),
+        function("/project/train.py(3): step", 0, 100),
         named("forward", 5, 80),
         function("nn.Module: Linear_0", 8, 50),
-        function("/work/model.py(127): forward", 10, 40),
+        function("/project/model.py(127): forward", 10, 40),
         function("<built-in method linear of type object at 0x7f>", 11, 35),
         operator("aten::linear", 12, 30),
         operator("aten::t", 13, 2),
         operator("aten::addmm", 16, 20),
         operator("aten::empty", 17, 3),
-        function("/work/other.py(9): beside", 60, 10),
+        function("/project/other.py(9): beside", 60, 10),
         change(512, 18),
         change(64, 70, 128),
     )
@@ -75,7 +75,7 @@ def test_a_stack_is_what_was_open_on_the_thread_from_the_innermost_out(read: Any
 
 def test_of_what_begins_together_the_longer_is_the_caller_and_what_ends_at_a_moment_is_still_open(read: Any) -> None:
     memory = read(
-        function("/work/a.py(1): outer", 10, 30),
+        function("/project/a.py(1): outer", 10, 30),
         operator("aten::long", 10, 20),
         operator("aten::short", 10, 5),
         operator("aten::next", 30, 5),
@@ -115,8 +115,8 @@ def test_files_that_the_profiler_has_cut_short_are_told_from_the_users_own(read:
 
 def test_each_thread_has_a_stack_of_its_own_and_may_free_what_another_made(read: Any) -> None:
     memory = read(
-        function("/work/a.py(1): main", 0, 100),
-        function("/work/b.py(2): worker", 0, 100, thread="loader"),
+        function("/project/a.py(1): main", 0, 100),
+        function("/project/b.py(2): worker", 0, 100, thread="loader"),
         change(512, 10, 64),
         change(256, 11, 128, thread="loader"),
         change(-512, 20, 64, thread="loader"),
@@ -153,8 +153,8 @@ def test_what_was_open_is_what_a_search_of_all_spans_finds() -> None:
 def training() -> list[dict[str, Any]]:
     """Forward and, on the same thread, backward, each node within the line that called backward."""
     return [
-        function("/work/train.py(3): step", 0, 200),
-        function("/work/model.py(190): forward", 10, 40),
+        function("/project/train.py(3): step", 0, 200),
+        function("/project/model.py(190): forward", 10, 40),
         # All three tell the number that the next node gets: the last is the one that makes it.
         forward("aten::to", 12, 2, 5),
         forward("aten::mul", 15, 10, 5),
@@ -198,7 +198,7 @@ def test_a_backward_that_is_written_in_python_is_its_own_line(read: Any) -> None
     memory = read(
         *training(),
         node("FlashAttentionBackward", 180, 15, 6),
-        function("/work/flash.py(70): backward", 182, 10),
+        function("/project/flash.py(70): backward", 182, 10),
         operator("aten::bmm", 184, 5),
         change(8192, 185, 6),
     )
@@ -221,7 +221,7 @@ def test_a_node_that_comes_before_the_operator_of_its_number_is_not_its_gradient
 
 def test_a_backward_on_a_thread_of_its_own_has_the_lines_of_the_forward_pass_too(read: Any) -> None:
     memory = read(
-        function("/work/model.py(190): forward", 10, 40),
+        function("/project/model.py(190): forward", 10, 40),
         forward("aten::mul", 15, 10, 5),
         node("MulBackward0", 60, 20, 5, AUTOGRAD),
         change(1024, 65, 3, AUTOGRAD),
@@ -365,17 +365,17 @@ def test_another_device_of_the_trace_can_be_named_and_one_that_is_not_there_is_a
 
 def test_the_calls_of_a_block_are_told_apart_though_a_trace_has_one_line_of_it(read: Any) -> None:
     events = [
-        function("/work/model.py(300): forward", 0, 1000),
-        function("/work/model.py(5): norm", 500, 10),
+        function("/project/model.py(300): forward", 0, 1000),
+        function("/project/model.py(5): norm", 500, 10),
         change(99, 505, 99),
     ]
     for number in range(3):
         start = 10 + 100 * number
         events += [
-            function("/work/model.py(257): forward", start, 90),
-            function("/work/model.py(5): norm", start + 5, 10),
+            function("/project/model.py(257): forward", start, 90),
+            function("/project/model.py(5): norm", start + 5, 10),
             change(10, start + 6, 4 * number),
-            function("/work/model.py(5): norm", start + 20, 10),
+            function("/project/model.py(5): norm", start + 20, 10),
             change(10, start + 21, 4 * number + 1),
             operator("aten::mm", start + 40, 10),
             change(40 if number else 41, start + 45, 4 * number + 2),

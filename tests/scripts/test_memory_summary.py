@@ -82,7 +82,7 @@ def test_the_plot_is_written_as_svg_and_as_png_of_one_name(script: ModuleType, t
 def trace(tmp_path: Path) -> Path:
     """A megabyte on the CPU and two on a GPU, in a file whose name tells nothing."""
     events = [
-        function("/work/model.py(190): forward", 0, 50),
+        function("/project/model.py(190): forward", 0, 50),
         named("softmax", 2, 40),
         operator("aten::exp", 5, 10),
         change(2**20, 10, 1),
@@ -121,7 +121,7 @@ def test_a_traces_json_and_csv_leave_empty_what_it_does_not_know(
     assert [found[name] for name in ("peak_reserved_bytes", "before_trace_bytes", "missing_from_segments_bytes")] == [
         *(None, None, None)
     ]
-    assert found["largest"][0]["trace"] == ["aten::exp", "/work/model.py:190 forward"]
+    assert found["largest"][0]["trace"] == ["aten::exp", "/project/model.py:190 forward"]
     assert status_of(script, trace, "--format", "csv") == 0
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     totals = {row["name"]: row["total_bytes"] for row in rows if row["section"] == "total"}

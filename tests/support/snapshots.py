@@ -15,7 +15,7 @@ A100_SNAPSHOT = repository_root() / "tests" / "data" / "memory_snapshot_gpt2xl_f
 Frames = list[dict[str, Any]]
 
 
-def frame(name: str, line: int, filename: str = "/work/model.py") -> dict[str, Any]:
+def frame(name: str, line: int, filename: str = "/project/model.py") -> dict[str, Any]:
     return {"name": name, "filename": filename, "line": line}
 
 
