@@ -8,6 +8,7 @@ a given machine reaches, and a CPU has no other source.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -35,6 +36,10 @@ class Peaks:
     source: str
     lacks: str = ""
     """What to run for the ceilings that are not known but could be."""
+
+    def bounds(self, precision: str) -> bool:
+        """Whether both ceilings are known that products in `precision` have."""
+        return precision in self.matmul_flops_per_s and not math.isnan(self.bandwidth_bytes_per_s)
 
     def rate(self, precision: str) -> float:
         """FLOP/s of matrix products in `precision`; one the device has no figure for is an error."""

@@ -71,6 +71,20 @@ class Record:
     def key(self) -> str:
         return case_key(self.case)
 
+    def circumstances(self, fingerprint: Mapping[str, Any] | None) -> dict[str, Any]:
+        """What every summary says of a record beside its numbers: columns that tables, marks and notes rely on.
+
+        `fingerprint`: the current one, or as much of it as is to be compared; with it, a stale record is marked.
+        """
+        return {
+            "machine": self.machine,
+            **{name: self.fingerprint.get(name) for name in ("torch", "triton", "threads")},
+            "status": self.status,
+            "reason": self.reason,
+            "noise": "; ".join(self.noise.get("flags", [])),
+            "stale": "; ".join(self.stale_reasons(fingerprint)) if fingerprint and self.status != "missing" else "",
+        }
+
     @property
     def failures(self) -> list[str]:
         """What failed: the case, or contenders of a contest (`bench/contest.py`) whose others were measured."""

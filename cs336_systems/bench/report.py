@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MISSING = "–"
+GIB, MIB = 2**30, 2**20
 
 # Numbers -------------------------------------------------------------------------------------------------------
 
@@ -75,10 +76,15 @@ def bytes_in_words(count: float | None) -> str:
     """Binary units: 1.50 GiB, 12.0 MiB."""
     if count is None or math.isnan(count):
         return MISSING
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+    for unit, size in (("GiB", GIB), ("MiB", MIB), ("KiB", 2**10)):
         if abs(count) >= size:
             return f"{number(count / size)} {unit}"
     return f"{count:.0f} B"
+
+
+def mebibytes(count: float | None) -> str:
+    """MiB to two decimals, for counts that are exact."""
+    return MISSING if count is None or math.isnan(count) else f"{count / MIB:,.2f}"
 
 
 def verbatim(text: str) -> str:

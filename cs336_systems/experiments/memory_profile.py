@@ -343,10 +343,8 @@ def summarise(
             {
                 "size": case.size,
                 **record.case,
-                "machine": record.machine,
-                **{name: record.fingerprint.get(name) for name in ("torch", "threads")},
-                "status": record.status,
-                "reason": record.reason,
+                **record.circumstances(fingerprint),
+                "noise": "",  # a busy machine changes no byte
                 **{name: values.get(name, math.nan) for name in NUMBERS},
                 "reserved_bytes": values.get("peak_reserved_bytes", math.nan),
                 "unit": values.get("unit", ""),
@@ -360,10 +358,6 @@ def summarise(
                 "saved": tuple(named_items(saved.get("items", ()), known["saved_accounted"])),
                 "memory_bytes": peaks.memory_bytes,
                 **published_beside(published, case),
-                "noise": "",  # a busy machine changes no byte
-                "stale": "; ".join(record.stale_reasons(fingerprint))
-                if fingerprint and record.status != "missing"
-                else "",
             }
         )
     return pd.DataFrame(rows)

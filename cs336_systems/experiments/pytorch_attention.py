@@ -355,8 +355,7 @@ def rows_of(
             **fields,
             "case": record.key,
             "implementation": name,
-            "machine": record.machine,
-            **{version: record.fingerprint.get(version) for version in ("torch", "triton", "threads")},
+            **record.circumstances(fingerprint),
             "status": values.get("status", record.status),
             "reason": values.get("reason", record.reason),
             "kept_bytes": values.get("kept_bytes", math.nan),
@@ -365,8 +364,6 @@ def rows_of(
             "flash_bytes": sum(kept_by_flash(case.shape).values()),
             "ridge": peaks.matmul_flops_per_s.get(case.precision(name), math.nan) / peaks.bandwidth_bytes_per_s,
             "intensity": intensity(case.shape, "forward", materialised=name.removesuffix(COMPILED) == REFERENCE),
-            "noise": "; ".join(record.noise.get("flags", [])),
-            "stale": "; ".join(record.stale_reasons(fingerprint)) if fingerprint and record.status != "missing" else "",
             "bound_lacks": "",
         }
         for part in parts:
@@ -392,7 +389,7 @@ def timed(column: str, samples: Sequence[float]) -> dict[str, float]:
 def floors(column: str, case: AttentionCase, implementation: str, part: str, peaks: Peaks) -> dict[str, Any]:
     """The least a part can take in any form, and the least its operators' traffic takes in the materialised form."""
     precision = case.precision(implementation)
-    if precision not in peaks.matmul_flops_per_s or math.isnan(peaks.bandwidth_bytes_per_s):
+    if not peaks.bounds(precision):
         return {f"{column}_bound_ms": math.nan, f"{column}_bound_by": "", f"{column}_traffic_ms": math.nan}
     floor = bound(least_work(case.shape, part), peaks, precision)
     traffic = materialised_traffic(case.shape, part) / peaks.bandwidth_bytes_per_s

@@ -210,7 +210,7 @@ def predict(cases: Sequence[Case], peaks: Peaks) -> pd.DataFrame:
 def predicted_product_share(case: Case, peaks: Peaks) -> float:
     """See `predict`; NaN where a ceiling is not known."""
     precision = precision_of(case)
-    if precision not in peaks.matmul_flops_per_s or math.isnan(peaks.bandwidth_bytes_per_s):
+    if not peaks.bounds(precision):
         return math.nan
     works = flops.phase_work(
         case.config,
@@ -231,8 +231,7 @@ def range_floors_ms(case: Case, peaks: Peaks) -> dict[str, float]:
     Somebody else's model has none: its ranges may hold anything.
     """
     precision = precision_of(case)
-    unknown = precision not in peaks.matmul_flops_per_s or math.isnan(peaks.bandwidth_bytes_per_s)
-    if unknown or case.model is not None:
+    if not peaks.bounds(precision) or case.model is not None:
         return {}
     config, layers = case.config, case.num_layers
     sizes: dict[str, Any] = {"skips_masked": case.attention != "reference"}
@@ -290,10 +289,7 @@ def summarise(
             "size": case.size,
             **record.case,
             "case": record.key,
-            "machine": record.machine,
-            **{name: record.fingerprint.get(name) for name in ("torch", "threads")},
-            "status": record.status,
-            "reason": record.reason,
+            **record.circumstances(fingerprint),
             "stopwatch_ms": stopwatch.median if stopwatch else math.nan,
             "std_stopwatch_ms": stopwatch.std if stopwatch else math.nan,
             "profiled_ms": profiled.median if profiled else math.nan,
@@ -304,8 +300,6 @@ def summarise(
             "unit": "kernel" if case.device == "cuda" else "operator",
             **attention_ratios(case),
             **published_beside(published, case),
-            "noise": "; ".join(record.noise.get("flags", [])),
-            "stale": "; ".join(record.stale_reasons(fingerprint)) if fingerprint and record.status != "missing" else "",
         }
         found = values.get("ranges", {})
         for name in RANGES[case.phase]:

@@ -336,8 +336,7 @@ def bound_ms(case: Case, peaks: Peaks, counted_flops: int | None = None) -> tupl
     `counted_flops`: of somebody else's model, whose floor is that of the products it was seen to do.
     """
     precision = precision_of(case)
-    unknown = precision not in peaks.matmul_flops_per_s or math.isnan(peaks.bandwidth_bytes_per_s)
-    if unknown or (case.model is not None and counted_flops is None):
+    if not peaks.bounds(precision) or (case.model is not None and counted_flops is None):
         return float("nan"), ""
     if counted_flops is not None:
         floor = bound(flops.Work(counted_flops), peaks, precision)
@@ -434,10 +433,7 @@ def summarise(
         row = {
             "size": case.size,
             **record.case,
-            "machine": record.machine,
-            **{name: record.fingerprint.get(name) for name in ("torch", "threads")},
-            "status": record.status,
-            "reason": record.reason,
+            **record.circumstances(fingerprint),
             "mean_ms": statistics.mean if statistics else float("nan"),
             "std_ms": statistics.std if statistics else float("nan"),
             "median_ms": statistics.median if statistics else float("nan"),
@@ -448,8 +444,6 @@ def summarise(
             "bound_lacks": peaks.lacks if math.isnan(floor_ms) else "",
             "flops": counted or flops.total(work.values()).flops,
             "peak_bytes": describe_memory(record.measurement.values),
-            "noise": "; ".join(record.noise.get("flags", [])),
-            "stale": "; ".join(record.stale_reasons(fingerprint)) if fingerprint and record.status != "missing" else "",
             **published_beside(published, case),
         }
         rows.append(row | {"times_bound": row["median_ms"] / floor_ms})

@@ -9,8 +9,9 @@ import pandas as pd
 
 from cs336_systems.analysis.published import A100
 from cs336_systems.bench import remarks
-from cs336_systems.bench.remarks import circumstances, marks, staleness
+from cs336_systems.bench.remarks import marks, staleness
 from cs336_systems.bench.report import (
+    GIB,
     MISSING,
     Column,
     Finding,
@@ -19,6 +20,7 @@ from cs336_systems.bench.report import (
     Table,
     bytes_in_words,
     figure_style,
+    mebibytes,
     number,
     percent,
     plural,
@@ -27,18 +29,17 @@ from cs336_systems.bench.report import (
 from cs336_systems.presentation.memory_snapshot import UNITS
 from cs336_systems.presentation.memory_snapshot import figure as timeline_figure
 from cs336_systems.presentation.transformer_step import (
+    caption_of,
     choices_in_words,
     identity,
     model_in_words,
     same_but,
-    shared_choices,
     without_autocast,
 )
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-GIB, MIB = 2**30, 2**20
 TOP = 5
 
 
@@ -81,7 +82,7 @@ def table(summary: pd.DataFrame) -> Table:
         f"Published peaks are decimal GB with their decimals cut off. {UNITS}.",
         *notes_below(summary),
     ]
-    return Table.of(summary, columns, caption=caption(summary, "Peak memory of one step"), notes=notes)
+    return Table.of(summary, columns, caption=caption_of(summary, "Peak memory of one step"), notes=notes)
 
 
 def elsewhere(summary: pd.DataFrame) -> Table | Finding:
@@ -93,24 +94,10 @@ def gibibytes(row: Any, count: float) -> str:
     return str(row.status) if row.status != "ok" else number(count / GIB, 4) + marks(row)
 
 
-def mebibytes(count: float | None) -> str:
-    """MiB to two decimals, for counts that are exact."""
-    return MISSING if count is None or count != count else f"{count / MIB:,.2f}"
-
-
 def published_text(row: Any) -> str:
     """The published peak as it was printed, in whole decimal gigabytes; ? where it is in doubt."""
     least = row.a100_peak_at_least_bytes
     return MISSING if least != least else f"{least / 1e9:.0f}" + (" ?" if row.a100_peak_remark else "")
-
-
-def caption(summary: pd.DataFrame, what: str) -> str:
-    """What all rows share, from the records themselves."""
-    if not len(summary):
-        return "No records"
-    first = summary.iloc[0]
-    settings = [circumstances(summary), f"batch {first['batch_size']}", *shared_choices(summary)]
-    return f"{what}: {', '.join(settings)}"
 
 
 def notes_below(summary: pd.DataFrame) -> list[str]:

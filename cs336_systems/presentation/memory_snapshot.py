@@ -13,6 +13,8 @@ import pandas as pd
 from cs336_systems.bench.report import (
     BOUND,
     COLOURS,
+    GIB,
+    MIB,
     MISSING,
     Column,
     Picture,
@@ -34,7 +36,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-GIB, MIB = 2**30, 2**20
 UNITS = "1 GiB = 2^30 bytes, 1 MiB = 2^20 bytes"
 SMALL_GIB = 0.1
 """A peak below this is told in MiB."""

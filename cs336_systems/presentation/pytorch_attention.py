@@ -18,7 +18,7 @@ from cs336_systems.bench.report import (
     BOUND,
     COLOURS,
     MARKERS,
-    MISSING,
+    MIB,
     PUBLISHED,
     Column,
     Finding,
@@ -29,6 +29,7 @@ from cs336_systems.bench.report import (
     figure_style,
     lengths,
     logarithmic,
+    mebibytes,
     number,
     plural,
     verbatim,
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 REFERENCE = "reference"
-MIB = 2**20
 
 
 def prediction(predicted: pd.DataFrame) -> Table:
@@ -98,11 +98,6 @@ def _measured(row: Any, part: str) -> str:
     if row.status != "ok":
         return str(row.status)
     return with_deviation(getattr(row, f"{part}_mean_ms"), getattr(row, f"{part}_std_ms")) + marks(row)
-
-
-def mebibytes(count: float) -> str:
-    """MiB to two decimals, for counts that are exact."""
-    return MISSING if math.isnan(count) else f"{count / MIB:,.2f}"
 
 
 def identity(summary: pd.DataFrame) -> list[Column]:

@@ -10,7 +10,7 @@ import pandas as pd
 
 from cs336_systems.analysis.published import A100
 from cs336_systems.bench import remarks
-from cs336_systems.bench.remarks import circumstances, enumerated, marks, staleness
+from cs336_systems.bench.remarks import enumerated, marks, staleness
 from cs336_systems.bench.report import (
     COLOURS,
     MISSING,
@@ -29,11 +29,11 @@ from cs336_systems.bench.report import (
 )
 from cs336_systems.experiments.step_profile import PRODUCTS
 from cs336_systems.presentation.transformer_step import (
+    caption_of,
     identity,
     model_in_words,
     published_text,
     same_but,
-    shared_choices,
     without_autocast,
 )
 from cs336_systems.profiling.categories import CATEGORIES
@@ -118,11 +118,8 @@ def _count(instances: float) -> str:
 
 def caption(summary: pd.DataFrame, what: str) -> str:
     """What all rows share, from the records themselves."""
-    if not len(summary):
-        return "No records"
-    first = summary.iloc[0]
-    settings = [circumstances(summary), f"batch {first['batch_size']}", *shared_choices(summary)]
-    return f"{what}: {', '.join(settings)}; {plural(int(first['steps']), 'recorded step')}"
+    steps = f"; {plural(int(summary.iloc[0]['steps']), 'recorded step')}" if len(summary) else ""
+    return f"{caption_of(summary, what)}{steps}"
 
 
 def _notes(summary: pd.DataFrame) -> list[str]:

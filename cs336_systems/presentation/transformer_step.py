@@ -159,11 +159,18 @@ def measured_text(row: Any) -> str:
 def caption(summary: pd.DataFrame) -> str:
     """What all rows share, from the records themselves."""
     if not len(summary):
-        return "No records"
+        return caption_of(summary, "")
     first = summary.iloc[0]
-    settings = [circumstances(summary), f"batch {first['batch_size']}", *shared_choices(summary)]
-    settings.append(f"{first['warmup']} warm-up and {plural(first['steps'], 'measured step')}")
-    return f"Time per step: {', '.join(settings)}"
+    steps = f"{first['warmup']} warm-up and {plural(first['steps'], 'measured step')}"
+    return f"{caption_of(summary, 'Time per step')}, {steps}"
+
+
+def caption_of(summary: pd.DataFrame, what: str) -> str:
+    """`what`, then where it was measured and every choice that all rows share."""
+    if not len(summary):
+        return "No records"
+    settings = [circumstances(summary), f"batch {summary.iloc[0]['batch_size']}", *shared_choices(summary)]
+    return f"{what}: {', '.join(settings)}"
 
 
 def shared_choices(summary: pd.DataFrame) -> list[str]:
