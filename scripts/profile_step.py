@@ -30,7 +30,7 @@ from cs336_systems.bench.report import plural
 from cs336_systems.errors import HelpFormatter, UserError, run_command
 from cs336_systems.experiments import transformer_step
 from cs336_systems.experiments.transformer_step import Case
-from cs336_systems.presentation.captured import how_to_read, nothing_in, table
+from cs336_systems.presentation.captured import how_to_read, kept, listing, table
 from cs336_systems.profiling.catalogue import Profile, keep, profile_name, profiles
 from cs336_systems.profiling.nsys_capture import Extras, Nsys, ProgramFailed, capture, find_nsys
 from cs336_systems.repository import repository_root, shown_path
@@ -57,7 +57,7 @@ def main(argv: list[str] | None) -> int:
     arguments = parse(argv)
     store = Store.default()
     if arguments.list:
-        print_list(store, arguments.output_dir)
+        print_list(arguments.output_dir)
         return 0
     wanted = wanted_profiles(arguments)
     machine = this_machine(wanted[0].case.device)
@@ -207,13 +207,11 @@ def record_in(data_dir: Path, machine: Machine) -> Record | None:
 # Showing -------------------------------------------------------------------------------------------------------
 
 
-def print_list(store: Store, output_dir: Path | None) -> None:
-    folders = [output_dir] if output_dir else sorted(store.local.glob("*/profiles"))
-    found = [profile for folder in folders for profile in profiles(folder)]
+def print_list(output_dir: Path | None) -> None:
+    found = kept(output_dir)
+    print(listing(found, output_dir))
     if found:
-        print(f"{table(found)}\n\n{how_to_read(found)}")
-    else:
-        print(nothing_in(output_dir or store.local))
+        print(f"\n{how_to_read(found)}")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

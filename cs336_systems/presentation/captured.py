@@ -24,16 +24,19 @@ These are profiles of a CPU: they have the ranges, and no kernels to summarise. 
 NVTX Push/Pop Range Summary."""
 
 
-def listing(store: Store | None = None) -> Table | Finding:
-    """Every profile of this checkout, or how to make one."""
-    local = (store or Store.default()).local
-    found = [profile for folder in sorted(local.glob("*/profiles")) for profile in profiles(folder)]
-    return table(found) if found else Finding(nothing_in(local))
+def listing(found: Sequence[Profile] | None = None, folder: Path | None = None) -> Table | Finding:
+    """These profiles of `folder`, by default every one of this checkout; or how to make one."""
+    found = kept() if found is None else found
+    if found:
+        return table(found)
+    where = shown_path(folder or Store.default().local)
+    return Finding(f"No profiles in {where}: scripts/profile_step.py --size small makes one.")
 
 
-def nothing_in(folder: Path) -> str:
-    """What to do where no profile is kept."""
-    return f"No profiles in {shown_path(folder)}: scripts/profile_step.py --size small makes one."
+def kept(folder: Path | None = None) -> list[Profile]:
+    """The profiles of `folder`, by default of all machines that this checkout keeps some of."""
+    folders = [folder] if folder else sorted(Store.default().local.glob("*/profiles"))
+    return [profile for each in folders for profile in profiles(each)]
 
 
 def table(found: Sequence[Profile]) -> Table:
