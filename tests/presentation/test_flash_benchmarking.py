@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 from attention_records import PEAKS, TO_RUN, flash_case, nothing_of, record_of
 from matplotlib.figure import Figure
+from shown_tables import cells, plain
 
 from cs336_systems.bench.records import Measurement, Record, Store
 from cs336_systems.bench.report import Table, number
@@ -38,17 +39,6 @@ def usual(seq_lens: Sequence[int] = LENGTHS, **changes: Any) -> list[Record]:
         )
         for length in seq_lens
     ]
-
-
-def plain(text: object) -> str:
-    """Without the blanks that align numbers."""
-    return re.sub(r"[ \u2007\u2008\u00a0]+", " ", str(text))
-
-
-def cells(table: Table, heading: str) -> list[str]:
-    """A column of a table, the first of that heading."""
-    place = table.headings.index(heading)
-    return [plain(row[place]).strip() for row in table.rows]
 
 
 def told(found: Sequence[Any], start: str) -> Any:

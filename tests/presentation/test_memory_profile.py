@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 import pytest
 from profile_records import FINGERPRINT, PEAKS, case_of, memory_record, record_of
+from shown_tables import cells, plain
 
 from cs336_systems.bench.records import Measurement, Record, Store, missing_record
 from cs336_systems.bench.report import Finding, Picture, Table
@@ -39,17 +40,6 @@ def missing(record: Record) -> Record:
 def out_of_memory(**changes: Any) -> Record:
     values = Measurement(values={"available_bytes": 1})
     return record_of("memory_profile", case_of(**changes), values, status="oom", reason="too large")
-
-
-def plain(text: object) -> str:
-    """Without the blanks that align numbers."""
-    return re.sub(r"[ \u2007\u2008\u00a0]+", " ", str(text))
-
-
-def cells(table: Table | Finding, heading: str) -> list[str]:
-    assert isinstance(table, Table)
-    place = table.headings.index(heading)
-    return [plain(row[place]).strip() for row in table.rows]
 
 
 # Tables --------------------------------------------------------------------------------------------------------

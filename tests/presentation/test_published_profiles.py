@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from shown_tables import cells
 
 from cs336_systems.bench.records import Store
-from cs336_systems.bench.report import Table
 from cs336_systems.experiments import memory_profile, step_profile
 from cs336_systems.presentation import published_profiles
-
-
-def cells(table: Table, heading: str) -> list[str]:
-    place = table.headings.index(heading)
-    return [row[place].strip("\u2007\u2008\u00a0 ") for row in table.rows]
 
 
 @pytest.mark.problem("nsys_profile")

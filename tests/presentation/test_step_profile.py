@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from matplotlib.patches import Rectangle
 from profile_records import FINGERPRINT, PEAKS, case_of, profile_record, record_of, usual_kernels
+from shown_tables import cells, plain
 
 from cs336_systems.bench.records import Measurement, Record, Store, missing_record
 from cs336_systems.bench.report import Finding, Table
@@ -38,17 +39,6 @@ def both(**changes: Any) -> list[Record]:
 def missing(phase: str, context: int = 128) -> Record:
     known = usual(phase, context)
     return missing_record("step_profile", "toy-1c", known.case, TO_RUN)
-
-
-def plain(text: object) -> str:
-    """Without the blanks that align numbers."""
-    return re.sub(r"[ \u2007\u2008\u00a0]+", " ", str(text))
-
-
-def cells(table: Table | Finding, heading: str) -> list[str]:
-    assert isinstance(table, Table)
-    place = table.headings.index(heading)
-    return [plain(row[place]).strip() for row in table.rows]
 
 
 # Tables --------------------------------------------------------------------------------------------------------
