@@ -78,7 +78,10 @@ def table_of(text: str) -> list[dict[str, str]]:
         (["--size", "tiny", "--rope-theta", "nan"], "rope_theta must be a positive finite number, found nan"),
         (["--size", "tiny", "--rope-theta", "inf"], "rope_theta must be a positive finite number, found inf"),
         (["--size", "tiny", "--phase", "backward"], "unknown phase 'backward': did you mean 'forward-backward'?"),
-        (["--size", "tiny", "--phase", "step", "setp"], "unknown phase 'setp': did you mean 'step'? Known: inference, forward,"),
+        (
+            ["--size", "tiny", "--phase", "step", "setp"],
+            "unknown phase 'setp': did you mean 'step'? Known: inference, forward,",
+        ),
         (["--size", "tiny", "--batch", "0"], "batch_size must be a whole number of at least 1, found 0"),
         (["--size", "tiny", "--steps", "0"], "steps must be a whole number of at least 1, found 0"),
         (["--size", "tiny", "--warmup", "-1"], "warmup must be a whole number of at least 0, found -1"),
