@@ -35,7 +35,7 @@ SCALE_BYTES = 8
 """√d, which autograd keeps once per block in the CPU's memory, and no dispatched operator shows."""
 
 
-def chosen(config: TransformerConfig = TINY, **changes: Any) -> StepConfig:
+def chosen(config: TransformerConfig = TINY, /, **changes: Any) -> StepConfig:
     return StepConfig(**dataclasses.asdict(config) | {"device": "cpu", "batch_size": 4} | changes)
 
 
@@ -83,7 +83,7 @@ def test_every_published_peak_of_a_forward_pass_is_planned_within_its_rounding()
 
 
 def test_published_memory_of_attention_is_planned_within_a_hundredth_of_a_mib_in_all_rows() -> None:
-    """In use between forward and backward, with the gradients and workspaces of passes before and a scalar loss."""
+    """In use before backward: with the output, a scalar loss, and the gradients and workspaces of passes before."""
     rows = Store.default().reference("attention_eager_h100")
     assert len(rows) == 20
     for row in rows.itertuples():
@@ -92,10 +92,11 @@ def test_published_memory_of_attention_is_planned_within_a_hundredth_of_a_mib_in
             recorded.begin({"inputs": inputs})
             for _ in range(2):
                 recorded.mark("forward")
-                loss = reference.attention(*inputs, is_causal=True).sum()
+                output = reference.attention(*inputs, is_causal=True)
+                loss = output.sum()
                 recorded.mark("between")
                 loss.backward()
-                del loss
+                del output, loss
         *_, between = (event for event in recorded.events if event.mark == "between")
         until = recorded.events[: recorded.events.index(between) + 1]
         in_use = replay(until, "h100-sxm").before_bytes
@@ -116,7 +117,7 @@ def measured_on_cpu(step: StepConfig) -> int:
 @pytest.mark.parametrize(
     "choices", [{}, {"rope": "2026"}, {"formulation": "fused", "rope": "2026"}, {"attention": "flash"}]
 )
-def test_a_step_on_this_cpu_allocates_what_was_planned(phase: str, choices: dict[str, str]) -> None:
+def test_a_step_on_this_cpu_allocates_what_was_planned(phase: str, choices: dict[str, Any]) -> None:
     step = chosen(phase=phase, **choices)
     plan = plan_step(step, CPU)
     unseen = 0 if phase == "inference" or choices.get("attention") else SCALE_BYTES * TINY.num_layers
@@ -263,6 +264,6 @@ def test_somebody_elses_model_is_planned_like_ours() -> None:
     ("choice", "said"),
     [({"compile": "model"}, "when it is compiled"), ({"attention": "sdpa"}, "its kernels on the device")],
 )
-def test_what_fake_tensors_cannot_follow_is_refused(choice: dict[str, str], said: str) -> None:
+def test_what_fake_tensors_cannot_follow_is_refused(choice: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         plan_step(chosen(**choice), "h200")
