@@ -90,9 +90,20 @@ def plan_step(chosen: StepConfig, gpu: str) -> Footprint:
     Raises:
         UserError: an unknown GPU; a choice that cannot be followed (see `allocations.record_step`).
     """
+    return replay(events_of(chosen, gpu), gpu)
+
+
+def events_of(chosen: StepConfig, gpu: str) -> tuple[Event, ...]:
+    """The allocations of two steps on a GPU by its key, or on "cpu".
+
+    Raises:
+        UserError: as `plan_step`.
+    """
     if gpu != CPU:
         gpu_peaks(gpu)
-    return replay(_events_of(dataclasses.replace(chosen, device="cpu"), gpu == CPU), gpu)
+    # Of a case that says more only the step counts, so that what differs in the rest alone is not followed again.
+    fields = {field.name: getattr(chosen, field.name) for field in dataclasses.fields(StepConfig)}
+    return _events_of(StepConfig(**fields | {"device": "cpu"}), gpu == CPU)
 
 
 @functools.lru_cache(maxsize=32)
@@ -130,7 +141,7 @@ class _Exact(CachingAllocator):
 
 
 def first_failure(events: Iterable[Event], limit_bytes: int, workspace_bytes: int) -> str | None:
-    """The place of the first allocation that a device cannot give, or None."""
+    """The place of the first allocation that a device cannot give, as a sentence names it; None where all fits."""
     allocator = CachingAllocator(limit_bytes)
     blocks: dict[int, Block | None] = {}
     for event in events:

@@ -41,6 +41,10 @@ class Longest:
     plan: Footprint
     next_fails_at: str
 
+    def step_of(self, chosen: StepConfig) -> StepConfig:
+        """`chosen` with what was found."""
+        return _with_length(chosen, self.axis, self.value)
+
 
 class Growth:
     """The allocations of a step at any length of one axis."""
