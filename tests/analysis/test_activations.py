@@ -8,9 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_autocast import IN_FLOAT32, IN_HALF, cuda_rules, has_autocast_kernel
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from cs336_systems.analysis.activations import (
     BLOCK_INPUT,
@@ -22,6 +20,7 @@ from cs336_systems.analysis.activations import (
     saved_by_block,
     score_matrix_bytes,
 )
+from cs336_systems.analysis.cuda_autocast import cuda_rules
 from cs336_systems.analysis.hardware import GPUS
 from cs336_systems.analysis.published_profiles import PublishedPeaks
 from cs336_systems.bench.allocator import allocated_bytes
@@ -157,49 +156,6 @@ def test_every_item_is_one_storage_that_autograd_saves_on_a_gpu(
     saved = saved_by_middle_block(model, batch_size, seq_len, config.d_model, autocast=autocast)
     assert is_exact(saved, saved_by_block(config, batch_size, seq_len, autocast=autocast, **choices))
     assert saved.total_bytes("cast of a parameter") == cast_parameters_of_block(config, autocast)
-
-
-# CUDA's rules on a CPU -----------------------------------------------------------------------------------------
-
-
-class Dispatched(TorchDispatchMode):
-    """The names of the operators that run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        # Those that are composed of others are not seen.
-        self.names = {"einsum", "linear", "matmul", "rms_norm", "silu"}
-
-    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        del types
-        self.names.add(operator.name().removeprefix("aten::"))
-        return operator(*args, **(kwargs or {}))
-
-
-@every_choice
-def test_of_the_operators_that_the_block_calls_only_those_followed_here_are_cast_otherwise_on_cuda(
-    choices: Any,
-) -> None:
-    """As PyTorch's own dispatcher tells, of CUDA too where there is none."""
-    model = built(ODD, choices)
-    with Dispatched() as called:
-        saved_by_middle_block(model, 2, 7, ODD.d_model, autocast="bfloat16")
-    cast = {device: {name for name in called.names if has_autocast_kernel(name, device)} for device in ("CUDA", "CPU")}
-    assert cast["CUDA"] >= {"exp", "sum.dim_IntList", "bmm"}
-    assert cast["CUDA"] - cast["CPU"] <= {*IN_FLOAT32, *IN_HALF}
-    # A CPU brings the inputs of these to the widest among them, which here have one precision.
-    assert cast["CPU"] - cast["CUDA"] <= {"stack", "cat"}
-
-
-def test_the_rules_of_cuda_hold_no_longer_than_they_are_asked_for() -> None:
-    def precision() -> torch.dtype:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            return torch.ones(3, dtype=torch.bfloat16).exp().dtype
-
-    before = precision()
-    with cuda_rules():
-        within = precision()
-    assert [before, within, precision()] == [torch.bfloat16, torch.float32, torch.bfloat16]
 
 
 def test_autocast_keeps_more_of_softmax_on_cuda_than_on_a_cpu() -> None:
