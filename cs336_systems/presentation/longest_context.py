@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -85,7 +86,6 @@ def figure(summary: pd.DataFrame) -> Picture | Finding:
 
 
 def _draw(summary: pd.DataFrame) -> Figure:
-    import numpy as np
     import seaborn as sns
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
@@ -101,7 +101,7 @@ def _draw(summary: pd.DataFrame) -> Figure:
             rows = summary[(summary["phase"] == phase) & (summary["autocast"] == autocast)]
             values = rows.pivot_table(index="size", columns="gpu", values="longest", sort=False, dropna=False)
             values = values.astype(float).reindex(order)[list(dict.fromkeys(rows["gpu"]))]
-            texts = np.vectorize(lambda value: "–" if value != value else f"{value:,.0f}")(values.to_numpy())
+            texts = values.map(lambda value: MISSING if math.isnan(value) else f"{value:,.0f}")
             sns.heatmap(
                 values.clip(lower=1),
                 ax=panel,
