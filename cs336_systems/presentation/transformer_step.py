@@ -45,6 +45,7 @@ _CHOICES = (
     "formulation",
     "optimizer",
     "rope",
+    "checkpointing",
     "model",
 )
 _PLAIN = {
@@ -55,6 +56,7 @@ _PLAIN = {
     "formulation": "reference",
     "optimizer": "reference",
     "rope": "2025",
+    "checkpointing": "none",
 }
 
 
