@@ -16,7 +16,6 @@ Source: CS336 assignment 2, torch_compile (b).
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 import time
@@ -51,9 +50,9 @@ from cs336_systems.compilation import (
     watch_compilation,
 )
 from cs336_systems.errors import UserError, first_line, unknown_name
+from cs336_systems.exactness import Exact, exact_results
 from cs336_systems.experiments import transformer_step
 from cs336_systems.experiments.transformer_step import bound_ms, require_memory
-from cs336_systems.loss import FORMULATIONS as LOSSES
 from cs336_systems.model import TransformerConfig, model_size
 from cs336_systems.profiling.traffic import operator_traffic
 from cs336_systems.repository import cache_folder
@@ -286,40 +285,14 @@ def _told(found: Compilation) -> dict[str, Any]:
     }
 
 
-@dataclasses.dataclass(frozen=True)
-class Exact:
-    """Logits and loss of the same parameters in float64."""
-
-    logits: Tensor
-    targets: Tensor
-    formulation: str
-
-    def errors_of(self, logits: Tensor) -> dict[str, float]:
-        """‖logits − exact‖ / ‖exact‖, and |loss − exact| / exact."""
-        distance = torch.linalg.vector_norm(logits.double() - self.logits)
-        loss, exact = (self.loss(each.double()) for each in (logits, self.logits))
-        errors = {
-            "logits_error": float(distance / torch.linalg.vector_norm(self.logits)),
-            "loss_error": abs(loss - exact) / exact,
-        }
-        if not all(map(math.isfinite, errors.values())):
-            raise ArithmeticError("logits are not finite")
-        return errors
-
-    def loss(self, logits: Tensor) -> float:
-        return float(LOSSES[self.formulation](logits, self.targets))
-
-
-def exact_of(case: Case, model: torch.nn.Module, batch: Tensor) -> Exact:
-    """Forward of a copy in float64.
+def compare(case: Case, built: BuiltStep) -> Exact:
+    """Logits and loss in float64.
 
     Raises:
         UserError: the model cannot be run in float64.
     """
-    tokens, targets = batch
     try:
-        with torch.no_grad():
-            return Exact(copy.deepcopy(model).double()(tokens), targets, case.formulation)
+        return exact_results(built.model, built.batch, case.formulation)
     except Exception as error:
         if is_out_of_memory(error):
             raise
@@ -354,7 +327,7 @@ def measure(case: Case, on_part: OnPart) -> Measurement:
         prepare_compiler(case.device)
         built = build_step(case.step(case.phases[0]))
         found: list[Exact] = []
-        exact.attempt(lambda: found.append(exact_of(case, built.model, built.batch)))
+        exact.attempt(lambda: found.append(compare(case, built)))
         forms: dict[str, list[Form]] = {mode: [] for mode in case.modes}
         for phases in _apart(case.phases):
             for mode in case.modes:
