@@ -24,7 +24,7 @@ import dataclasses
 import functools
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePath
 from typing import Any, Literal, get_args
 
@@ -47,7 +47,10 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     return list(blocks) if isinstance(blocks, nn.ModuleList | nn.Sequential) else []
 
 
-def compile_model(model: nn.Module, mode: str) -> None:
+Backend = str | Callable[[torch.fx.GraphModule, list[torch.Tensor]], Callable[..., Any]]
+
+
+def compile_model(model: nn.Module, mode: str, backend: Backend = "inductor") -> None:
     """Have `model`, or each of its blocks, compiled when it is first called. In place: its parameters stay its own.
 
     Raises:
@@ -56,7 +59,7 @@ def compile_model(model: nn.Module, mode: str) -> None:
     if mode not in MODES:
         raise unknown_name("compile", mode, MODES)
     if mode == "model":
-        model.compile()
+        model.compile(backend=backend)
     if mode == "blocks":
         blocks = blocks_of(model)
         if not blocks:
@@ -65,7 +68,22 @@ def compile_model(model: nn.Module, mode: str) -> None:
                 "one by one: compile the whole model"
             )
         for block in blocks:
-            block.compile()
+            block.compile(backend=backend)
+
+
+def inductor_apart() -> Backend:
+    """Inductor as a backend that equals no other.
+
+    Dynamo keeps what it compiled by function and backend, so that a twin whose functions were compiled before would
+    find them there: after a graph break a whole model's blocks are compiled one by one, too.
+    """
+    from torch._dynamo.backends.registry import lookup_backend
+
+    def inductor(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        compiled: Callable[..., Any] = lookup_backend("inductor")(graph, inputs)
+        return compiled
+
+    return inductor
 
 
 def twin_of(model: nn.Module) -> nn.Module:

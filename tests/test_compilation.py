@@ -21,6 +21,7 @@ from cs336_systems.compilation import (
     cold_caches,
     compile_model,
     failures_told,
+    inductor_apart,
     no_fallback,
     require_compiled,
     twin_of,
@@ -43,7 +44,7 @@ from cs336_systems.compilation import compile_model, no_fallback, watch_compilat
 from cs336_systems.model import TransformerConfig, TransformerLM
 
 real = nn.Module.compile
-nn.Module.compile = lambda module: real(module, backend="aot_eager")
+nn.Module.compile = lambda module, **_: real(module, backend="aot_eager")
 config = TransformerConfig(16, 32, 3, 2, vocab_size=50, context_length=8)
 for formulation in ("reference", "fused"):
     for mode in ("none", "model", "blocks"):
@@ -70,7 +71,7 @@ def nothing_compiled() -> None:
 def uncoded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs and their backward are made, and no code: that is what takes seconds."""
     real = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda module: real(module, backend="aot_eager"))
+    monkeypatch.setattr(nn.Module, "compile", lambda module, **_: real(module, backend="aot_eager"))
 
 
 class Layer(nn.Module):
@@ -198,6 +199,20 @@ def test_a_twin_has_the_same_parameters_and_only_it_is_compiled() -> None:
     with torch.no_grad():
         next(iter(model.parameters())).add_(1.0)
     assert not torch.equal(twin(INPUT), expected)
+
+
+@pytest.mark.slow
+def test_what_a_twin_compiles_apart_is_not_taken_from_another(tmp_path: Path) -> None:
+    def graphs(backend: Any) -> int:
+        model = Layer()
+        compile_model(model, "model", backend)
+        with watch_compilation() as watch:
+            model(torch.ones(2, 4))
+        return watch.compilation.graphs
+
+    with cold_caches(tmp_path):
+        assert [graphs("inductor"), graphs("inductor")] == [1, 0]
+        assert [graphs(inductor_apart()), graphs(inductor_apart())] == [1, 1]
 
 
 # Where a graph breaks ------------------------------------------------------------------------------------------

@@ -43,6 +43,7 @@ from cs336_systems.compilation import (
     cold_caches,
     compile_model,
     failures_told,
+    inductor_apart,
     no_fallback,
     prepare_compiler,
     require_compiled,
@@ -369,7 +370,7 @@ def _first_calls(
             if forms and forms[-1].status != "ok":
                 form.status, form.reason = forms[-1].status, forms[-1].reason
             if not forms:
-                form.attempt(partial(compile_model, model, mode))
+                form.attempt(partial(compile_model, model, mode, inductor_apart()))
             form.attempt(partial(form.first, exact, is_uncompiled=not forms))
             form.attempt(form.weigh)
             forms.append(form)

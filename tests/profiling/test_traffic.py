@@ -33,7 +33,13 @@ def test_products_are_counted_apart() -> None:
 
 def test_views_and_what_is_only_allocated_move_nothing() -> None:
     one = matrix()
-    views = (lambda: one.T, lambda: one[2:], lambda: one.reshape(4, 16), lambda: torch.empty(8, 8), lambda: one.detach())
+    views = (
+        lambda: one.T,
+        lambda: one[2:],
+        lambda: one.reshape(4, 16),
+        lambda: torch.empty(8, 8),
+        lambda: one.detach(),
+    )
     assert {operator_traffic(view) for view in views} == {Traffic(0, 0, 0)}
 
 
