@@ -254,6 +254,21 @@ def require_compiled(compilation: Compilation) -> None:
     raise CompileError(f"nothing was compiled: {left or 'is torch.compile turned off (TORCH_COMPILE_DISABLE)?'}")
 
 
+@contextlib.contextmanager
+def compiled_or_error(mode: str) -> Iterator[None]:
+    """Around all of what is built and called: an error unless, where that was asked for, something was compiled.
+
+    Raises:
+        CompileError: see `failures_told` and `require_compiled`.
+    """
+    if mode == "none":
+        yield
+        return
+    with no_fallback(), failures_told(), watch_compilation() as watch:
+        yield
+    require_compiled(watch.compilation)
+
+
 # Cold ----------------------------------------------------------------------------------------------------------
 
 

@@ -20,6 +20,7 @@ from cs336_systems.compilation import (
     blocks_of,
     cold_caches,
     compile_model,
+    compiled_or_error,
     failures_told,
     inductor_apart,
     no_fallback,
@@ -305,6 +306,18 @@ def test_a_compiler_that_is_turned_off_is_an_error_that_says_so() -> None:
         model(torch.ones(2, 4))
     with pytest.raises(CompileError, match=r"nothing was compiled: is torch.compile turned off"):
         require_compiled(watch.compilation)
+
+
+@pytest.mark.usefixtures("uncoded")
+def test_what_is_not_to_be_compiled_need_not_be_and_what_is_must() -> None:
+    model = Layer()
+    with compiled_or_error("none"):
+        model(torch.ones(2, 4))
+    with pytest.raises(CompileError, match="nothing was compiled"), compiled_or_error("model"):
+        model(torch.ones(2, 4))
+    compile_model(model, "model")
+    with compiled_or_error("model"):
+        model(torch.ones(2, 4))
 
 
 # Cold ----------------------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ Source: CS336 assignment 2, section 1.1.3.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +30,7 @@ from cs336_systems.bench.records import Measurement, Record, Store
 from cs336_systems.bench.report import bytes_in_words
 from cs336_systems.bench.sweep import OnPart, OutOfMemory
 from cs336_systems.bench.timing import describe, float32_matmul_precision, time_steps
-from cs336_systems.compilation import failures_told, no_fallback
+from cs336_systems.compilation import compiled_or_error
 from cs336_systems.errors import UserError
 from cs336_systems.model import model_size
 from cs336_systems.step import PHASES, PHASES_OF_TRAINING, Phase, StepConfig, build_step
@@ -138,10 +137,7 @@ def measure(case: Case, on_part: OnPart) -> Measurement:
         on_part(done / (case.warmup + case.steps))
 
     products = float32_matmul_precision(case.float32_matmul)
-    never_eager = (no_fallback(), failures_told()) if case.compile != "none" else ()
-    with PeakMemory(case.device) as memory, products, contextlib.ExitStack() as stack:
-        for each in never_eager:
-            stack.enter_context(each)
+    with PeakMemory(case.device) as memory, products, compiled_or_error(case.compile):
         step = build_step(case)
         counted = count_products(step) if case.model is not None and case.compile == "none" else {}
         timing = time_steps(step, warmup=case.warmup, steps=case.steps, device=case.device, on_step=count_step)

@@ -136,6 +136,8 @@ def notes_below(summary: pd.DataFrame) -> list[str]:
 
 
 def _name(row: pd.Series) -> str:
+    if row["status"] == "missing":
+        return _case_name(row)  # a record is of all forms and phases
     return f"{row['phase']}, {FORMS[row['compile']]}, of {_case_name(row)}"
 
 
