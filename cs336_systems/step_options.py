@@ -10,13 +10,14 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from cs336_systems.analysis.flops import PHASES
 from cs336_systems.attention.backends import NAMES
 from cs336_systems.bench.machine import resolve_device
 from cs336_systems.bench.records import Store
+from cs336_systems.compilation import MODES as COMPILE_MODES
 from cs336_systems.errors import UserError
-from cs336_systems.experiments.transformer_step import AUTOCAST, DTYPES, FLOAT32_MATMUL, Case
+from cs336_systems.experiments.transformer_step import Case
 from cs336_systems.model import SIZES, TransformerConfig, model_size
+from cs336_systems.step import AUTOCAST, DTYPES, FLOAT32_MATMUL, PHASES
 
 _DIMENSIONS = ("d_model", "d_ff", "num_layers", "num_heads", "vocab_size", "rope_theta")
 # Fields of a case whose option has a shorter name.
@@ -68,7 +69,7 @@ def add_step_options(
         default="highest",
         help=f"float32 products: {' or '.join(FLOAT32_MATMUL)} (TF32; default: highest)",
     )
-    step.add_argument("--compile", action="store_true", help="torch.compile the model")
+    step.add_argument("--compile", default="none", help=f"torch.compile: {', '.join(COMPILE_MODES)} (default: none)")
     step.add_argument("--device", default="auto", help="cpu, cuda or auto (default: auto)")
     timing = parser.add_argument_group("timing")
     timing.add_argument("--warmup", type=int, default=5, help="steps before the measured ones (default: 5)")

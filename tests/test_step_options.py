@@ -30,7 +30,7 @@ OTHERS: dict[str, Any] = {
     "dtype": "bfloat16",
     "autocast": "float16",
     "float32_matmul": "high",
-    "compile": True,
+    "compile": "blocks",
     "attention": "my_module:my_attention",
     "formulation": "fused",
     "optimizer": "fused",

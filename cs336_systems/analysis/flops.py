@@ -17,13 +17,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Literal, get_args
 
 from cs336_systems.errors import unknown_name
 from cs336_systems.model import TransformerConfig
-
-Phase = Literal["forward", "forward-backward", "step"]
-PHASES: tuple[Phase, ...] = get_args(Phase)
+from cs336_systems.step import PHASES, Phase
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +143,7 @@ def phase_work(
     itemsize: int = 4,
     skips_masked: bool = False,
 ) -> dict[str, Work]:
-    """Work per component of a whole phase; "step" is forward, backward and optimizer.
+    """Work per component of a whole phase; "step" is forward, backward and optimizer; "inference" is "forward".
 
     Raises:
         UserError: an unknown phase.
@@ -154,7 +151,7 @@ def phase_work(
     if phase not in PHASES:
         raise unknown_name("phase", phase, PHASES)
     works = forward_work(config, batch_size, seq_len, itemsize=itemsize, skips_masked=skips_masked)
-    if phase != "forward":
+    if phase in ("forward-backward", "step"):
         backward = backward_work(config, batch_size, seq_len, itemsize=itemsize, skips_masked=skips_masked)
         for component, work in backward.items():
             works[component] = works.get(component, Work()) + work
@@ -174,7 +171,7 @@ def compulsory_bytes(
 ) -> int:
     """Bytes of *distinct* data a phase must read or write, however well everything else is fused.
 
-    - forward: the weights (of the embedding, the rows that can be looked up) are read, the logits written;
+    - inference, forward: the weights (of the embedding, the rows that can be looked up) are read, the logits written;
     - forward-backward: the weights are read, one gradient per parameter is written (activations and logits could be
       recomputed or stay on the chip);
     - step: weights and both moments are read and written as well: 7 values per parameter in all.
@@ -187,7 +184,7 @@ def compulsory_bytes(
     tokens = batch_size * seq_len
     looked_up = min(tokens, config.vocab_size) * config.d_model
     read = sum(counts.values()) - counts["embedding"] + looked_up
-    if phase == "forward":
+    if phase in ("inference", "forward"):
         return read * itemsize + tokens * config.vocab_size * logits_itemsize
     if phase == "forward-backward":
         return (read + sum(counts.values())) * itemsize
@@ -196,7 +193,7 @@ def compulsory_bytes(
 
 def resident_bytes(config: TransformerConfig, phase: Phase, *, itemsize: int = 4) -> int:
     """Bytes that must be allocated at once before any activation: weights, then gradients, then two moments."""
-    copies = {"forward": 1, "forward-backward": 2, "step": 4}
+    copies = {"inference": 1, "forward": 1, "forward-backward": 2, "step": 4}
     if phase not in copies:
         raise unknown_name("phase", phase, PHASES)
     return copies[phase] * sum(parameters(config).values()) * itemsize

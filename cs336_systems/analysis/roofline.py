@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from cs336_systems.analysis.flops import Phase, Work, compulsory_bytes, phase_work, total
+from cs336_systems.analysis.flops import Work, compulsory_bytes, phase_work, total
 from cs336_systems.analysis.hardware import Peaks
 from cs336_systems.model import TransformerConfig
+from cs336_systems.step import Phase
 
 
 @dataclasses.dataclass(frozen=True)

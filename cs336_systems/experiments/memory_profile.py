@@ -31,9 +31,10 @@ from cs336_systems.bench import grid as grids
 from cs336_systems.bench.records import Measurement, Record, Store
 from cs336_systems.bench.sweep import OnPart
 from cs336_systems.bench.timing import float32_matmul_precision
+from cs336_systems.compilation import blocks_of
 from cs336_systems.errors import UserError
 from cs336_systems.experiments import transformer_step
-from cs336_systems.experiments.transformer_step import BuiltStep, Case, build_step, item_sizes, require_memory
+from cs336_systems.experiments.transformer_step import Case, item_sizes, require_memory
 from cs336_systems.model import SIZES
 from cs336_systems.profiling.backward_ranges import record_backward_ranges
 from cs336_systems.profiling.live_memory import Group
@@ -45,6 +46,7 @@ from cs336_systems.profiling.recorder import record_memory
 from cs336_systems.profiling.saved_tensors import OF_THE_CALL, saved_by_middle_block
 from cs336_systems.profiling.snapshot import read_snapshot
 from cs336_systems.profiling.trace_memory import read_trace_memory
+from cs336_systems.step import BuiltStep, build_step
 
 LAPTOP_CONTEXTS: Mapping[str, Sequence[int]] = {"tiny": [128, 256, 512], "small": [128]}
 MOST_GROUPS, MOST_FRAMES = 8, 6
@@ -117,7 +119,7 @@ def measure(case: Case, on_part: OnPart) -> Measurement:
             values["allocator_peak_bytes"] = torch.cuda.max_memory_allocated()
         if case.phase == "forward":
             values["saved"] = saved_values(case, step.model)
-        else:
+        elif case.has_backward:
             values |= gradients(recorded, len(blocks_of(step.model)) // 2)
     return Measurement(values=values)
 
@@ -134,7 +136,7 @@ def record_step(case: Case, step: BuiltStep, folder: Path) -> MemoryHistory:
         run_before(case, step)
         torch.cuda.reset_peak_memory_stats()
     held = bytes_of([*step.model.parameters(), *step.model.buffers(), step.batch])
-    marked = record_backward_ranges(blocks_of(step.model)) if case.phase != "forward" else contextlib.nullcontext()
+    marked = record_backward_ranges(blocks_of(step.model)) if case.has_backward else contextlib.nullcontext()
     with record_memory(path, case.device), marked:
         if not is_gpu:
             run_before(case, step)
@@ -158,12 +160,6 @@ def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of the storages behind some tensors, each once."""
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
-
-
-def blocks_of(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """The blocks of our model, or of one that keeps them in a list under the same name; else none are known."""
-    blocks = getattr(model, "layers", None)
-    return list(blocks) if isinstance(blocks, torch.nn.ModuleList | torch.nn.Sequential) else []
 
 
 def values_of(case: Case, recorded: MemoryHistory) -> dict[str, Any]:
@@ -257,7 +253,7 @@ def accounted(case: Case) -> dict[str, Any]:
     moments = 2 * weights if case.phase == "step" else 0
     forward, saved = held_when_forward_ends(case), saved_accounted(case)
     least = sum(forward.values()) + moments if forward else math.nan
-    if case.phase != "forward":
+    if case.has_backward:
         least = max(least, float(2 * weights + moments))
     return {
         "weights_bytes": weights,
@@ -295,7 +291,8 @@ def known_sizes(case: Case) -> dict[str, int]:
 
 def is_accounted(case: Case) -> bool:
     """Whether it is known what a case's blocks save."""
-    return case.model is None and case.attention == "reference" and not case.compile
+    is_ours = case.model is None and case.attention == "reference" and case.compile == "none"
+    return is_ours and case.phase != "inference"
 
 
 def choices_of(case: Case) -> dict[str, Any]:
@@ -369,7 +366,11 @@ NUMBERS = ("peak_bytes", "before_bytes", "peak_ms", "residual_count", "gradient_
 def published_beside(published: PublishedPeaks, case: Case) -> dict[str, float | str]:
     """What others measured of the same step; see `PublishedPeaks.beside`."""
     return published.beside(
-        case.config, phase=case.phase, batch_size=case.batch_size, autocast=case.autocast, compiled=case.compile
+        case.config,
+        phase=case.phase,
+        batch_size=case.batch_size,
+        autocast=case.autocast,
+        compiled=case.compile == "model",
     )
 
 

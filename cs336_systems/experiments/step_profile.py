@@ -38,7 +38,6 @@ from cs336_systems.experiments import transformer_step
 from cs336_systems.experiments.transformer_step import (
     Case,
     bound_ms,
-    build_step,
     checked_phase,
     item_sizes,
     precision_of,
@@ -51,6 +50,7 @@ from cs336_systems.profiling.kernels import Recording, during, overview
 from cs336_systems.profiling.kernels import summarise as summarise_kernels
 from cs336_systems.profiling.recorder import record_trace
 from cs336_systems.profiling.recordings import read_recording
+from cs336_systems.step import build_step
 
 LAPTOP_CONTEXTS: Mapping[str, Sequence[int]] = {"tiny": [128, 512], "small": [128]}
 MOST_KERNELS = 12
@@ -319,7 +319,7 @@ def kernels_beside(published: PublishedKernels, case: Case, name: str) -> dict[s
         batch_size=case.batch_size,
         autocast=case.autocast,
         tf32=case.float32_matmul == "high",
-        compiled=case.compile,
+        compiled=case.compile == "model",
     )
 
 

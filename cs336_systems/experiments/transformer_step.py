@@ -1,10 +1,7 @@
 """The time of a Transformer's forward pass, forward and backward, and whole training step.
 
-Problem `benchmarking_script`. A model with random weights sees random tokens; every step ends with a synchronisation.
-
-- forward: the model alone, with autograd on, as in training.
-- forward-backward: gradients cleared, forward, cross-entropy, backward.
-- step: the same, then AdamW.
+Problem `benchmarking_script`. A model with random weights sees random tokens; every step (`cs336_systems/step.py`) ends
+with a synchronisation.
 
 Each measured time stands beside its floor (`analysis/roofline.py`) and what others published for the same work.
 
@@ -13,7 +10,6 @@ Source: CS336 assignment 2, section 1.1.3.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +23,6 @@ from cs336_systems.analysis import flops
 from cs336_systems.analysis.hardware import Peaks, product_precision
 from cs336_systems.analysis.published import PublishedSteps
 from cs336_systems.analysis.roofline import bound, step_bound
-from cs336_systems.attention.backends import attention_source
 from cs336_systems.bench import grid as grids
 from cs336_systems.bench.allocator import PeakMemory, available_bytes, describe_memory
 from cs336_systems.bench.machine import resolve_device
@@ -35,112 +30,41 @@ from cs336_systems.bench.records import Measurement, Record, Store
 from cs336_systems.bench.report import bytes_in_words
 from cs336_systems.bench.sweep import OnPart, OutOfMemory
 from cs336_systems.bench.timing import describe, float32_matmul_precision, time_steps
-from cs336_systems.errors import UserError, unknown_name
-from cs336_systems.loss import FORMULATIONS as LOSSES
-from cs336_systems.model import SIZES, TransformerConfig, build_model, check_choices, model_size
-from cs336_systems.optimizer import build_optimizer
-from cs336_systems.profiling.ranges import named_range
-
-DTYPES = ("float32", "bfloat16", "float16")
-AUTOCAST = ("none", "bfloat16", "float16")
-FLOAT32_MATMUL = ("highest", "high")
+from cs336_systems.errors import UserError
+from cs336_systems.model import model_size
+from cs336_systems.step import PHASES, PHASES_OF_TRAINING, Phase, StepConfig, build_step
 
 LAPTOP_CONTEXTS: Mapping[str, Sequence[int]] = {"tiny": [128, 256], "mini": [128], "small": [128]}
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
-    """One timed step. All of it is checked on creation.
+class Case(StepConfig):
+    """One timed step.
 
     Raises:
         UserError: a value that cannot be; the message names it and lists what can.
     """
 
-    d_model: int
-    d_ff: int
-    num_layers: int
-    num_heads: int
-    context_length: int
-    device: str
-    vocab_size: int = 10_000
-    rope_theta: float = 10_000.0
-    batch_size: int = 4
-    phase: str = "step"
-    dtype: str = "float32"
-    autocast: str = "none"
-    float32_matmul: str = "highest"
-    """PyTorch's float32_matmul_precision: "high" lets float32 products run in TF32."""
-    compile: bool = False
-    attention: str = "reference"
-    formulation: str = "reference"
-    optimizer: str = "reference"
-    rope: str = "2025"
-    model: str | None = None
-    """Somebody else's model as `module:Class`; None for ours."""
     warmup: int = 5
     steps: int = 10
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _ = self.config  # validates the sizes
-        check_choices(self.rope, self.formulation)
-        for name, known in (
-            ("phase", flops.PHASES),
-            ("dtype", DTYPES),
-            ("autocast", AUTOCAST),
-            ("float32_matmul", FLOAT32_MATMUL),
-            ("device", ("cpu", "cuda")),
-        ):
-            if getattr(self, name) not in known:
-                raise unknown_name(name, getattr(self, name), known)
-        for name, least in (("batch_size", 1), ("warmup", 0), ("steps", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise UserError(f"{name} must be a whole number of at least {least}, found {value!r}")
-
-    @property
-    def config(self) -> TransformerConfig:
-        return TransformerConfig(
-            self.d_model,
-            self.d_ff,
-            self.num_layers,
-            self.num_heads,
-            self.vocab_size,
-            self.context_length,
-            self.rope_theta,
-        )
-
-    @property
-    def size(self) -> str:
-        """The name of the size, whatever its context length, or "custom"."""
-        return size_name(self.config)
-
-    @property
-    def object_references(self) -> tuple[str, ...]:
-        """Implementations named by reference, whose source a record depends on beside what every case uses."""
-        return tuple(name for name in (self.model, attention_source(self.attention)) if name is not None)
-
-    def __str__(self) -> str:
-        return f"{self.size}, context {self.context_length}, {self.phase}"
-
-
-def size_name(config: TransformerConfig) -> str:
-    """The name under which `SIZES` has this model, or "custom"."""
-    for name, size in SIZES.items():
-        if dataclasses.replace(config, context_length=size.context_length) == size:
-            return name
-    return "custom"
+        super().__post_init__()
+        self.require_whole("warmup", 0)
+        self.require_whole("steps", 1)
+        self.require_whole("seed", 0)
 
 
 def grid(
     *,
     contexts: Mapping[str, Sequence[int]] = LAPTOP_CONTEXTS,
-    phases: Sequence[str] = flops.PHASES,
+    phases: Sequence[str] = PHASES_OF_TRAINING,
     batch_size: int = 4,
     dtype: str = "float32",
     autocast: str | Sequence[str] = "none",
     float32_matmul: str | Sequence[str] = "highest",
-    compile: bool | Sequence[bool] = False,
+    compile: str | Sequence[str] = "none",
     attention: str | Sequence[str] = "reference",
     formulation: str | Sequence[str] = "reference",
     optimizer: str = "reference",
@@ -213,7 +137,7 @@ def measure(case: Case, on_part: OnPart) -> Measurement:
 
     with PeakMemory(case.device) as memory, float32_matmul_precision(case.float32_matmul):
         step = build_step(case)
-        counted = count_products(step) if case.model is not None and not case.compile else {}
+        counted = count_products(step) if case.model is not None and case.compile == "none" else {}
         timing = time_steps(step, warmup=case.warmup, steps=case.steps, device=case.device, on_step=count_step)
     samples = {"step_ms": timing.samples_ms, "warmup_ms": timing.warmup_ms, "device_ms": timing.device_ms}
     return Measurement(
@@ -229,6 +153,7 @@ def count_products(step: Callable[[], object]) -> dict[str, int]:
 
 
 _HELD = {
+    "inference": "weights",
     "forward": "weights",
     "forward-backward": "weights and gradients",
     "step": "weights, gradients and optimizer state",
@@ -251,86 +176,28 @@ def require_memory(case: Case) -> None:
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class BuiltStep:
-    """A step that can be run again and again, and what it holds between two runs."""
-
-    run: Callable[[], object]
-    model: torch.nn.Module
-    optimizer: torch.optim.Optimizer
-    batch: torch.Tensor
-    """Tokens and targets, of shape (2, batch, context)."""
-
-    def __call__(self) -> object:
-        return self.run()
+# Predicting ----------------------------------------------------------------------------------------------------
 
 
-def build_step(case: Case) -> BuiltStep:
-    """The step of a case: model, batch and optimizer are made here, outside the timed region."""
-    with torch.device(case.device):
-        model = build_model(
-            case.config,
-            model=case.model,
-            rope=case.rope,  # type: ignore[arg-type]
-            attention=case.attention,
-            formulation=case.formulation,  # type: ignore[arg-type]
-        ).to(device=case.device, dtype=getattr(torch, case.dtype))
-        batch = torch.randint(case.vocab_size, (2, case.batch_size, case.context_length))
-    tokens, targets = batch
-    if case.model is not None:
-        require_logits(case, model, tokens)
-    optimizer = build_optimizer(case.optimizer, model.parameters())
-    cross_entropy = LOSSES[case.formulation]
-    if case.compile:
-        torch.compiler.reset()  # nothing compiled by an earlier case is used
-    forward_model = torch.compile(model) if case.compile else model
-
-    def autocast() -> contextlib.AbstractContextManager[Any]:
-        if case.autocast == "none":
-            return contextlib.nullcontext()
-        return torch.autocast(case.device, dtype=getattr(torch, case.autocast))
-
-    def forward() -> torch.Tensor:
-        with autocast(), named_range("forward"):
-            logits: torch.Tensor = forward_model(tokens)
-            return logits
-
-    def forward_backward() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        logits = forward()
-        with autocast(), named_range("loss"):
-            loss = cross_entropy(logits, targets)
-        del logits  # the graph keeps what backward needs
-        with named_range("backward"):
-            loss.backward()
-
-    def step() -> None:
-        forward_backward()
-        with named_range("optimizer"):
-            optimizer.step()
-
-    run = {"forward": forward, "forward-backward": forward_backward, "step": step}[case.phase]
-    return BuiltStep(run, model, optimizer, batch)
+def checked_phase(case: StepConfig) -> Phase:
+    return next(phase for phase in PHASES if phase == case.phase)
 
 
-def require_logits(case: Case, model: torch.nn.Module, tokens: torch.Tensor) -> None:
-    """Raise a UserError unless somebody else's model maps tokens to logits."""
-    expected = (case.batch_size, case.context_length, case.vocab_size)
-    with torch.no_grad():
-        found = getattr(model(tokens), "shape", None)
-    if found != expected:
-        shown = "no tensor" if found is None else f"shape {tuple(found)}"
-        raise UserError(f"{case.model} must map tokens {expected[:2]} to logits {expected}, found {shown}")
+def precision_of(case: StepConfig) -> str:
+    """In which the products of a case run, as a key of `Peaks.matmul_flops_per_s`."""
+    return product_precision(case.dtype, case.autocast, case.float32_matmul)
 
 
-def checked_phase(case: Case) -> flops.Phase:
-    return next(phase for phase in flops.PHASES if phase == case.phase)
+def item_sizes(case: StepConfig) -> dict[str, int]:
+    """Bytes per parameter, and per logit: autocast changes the one and not the other."""
+    logits = case.dtype if case.autocast == "none" else case.autocast
+    return {"itemsize": getattr(torch, case.dtype).itemsize, "logits_itemsize": getattr(torch, logits).itemsize}
 
 
 # Summarising ---------------------------------------------------------------------------------------------------
 
 
-def bound_ms(case: Case, peaks: Peaks, counted_flops: int | None = None) -> tuple[float, str]:
+def bound_ms(case: StepConfig, peaks: Peaks, counted_flops: int | None = None) -> tuple[float, str]:
     """The floor of one step in milliseconds, and the ceiling that sets it; (NaN, "") where a ceiling is not known.
 
     `counted_flops`: of somebody else's model, whose floor is that of the products it was seen to do.
@@ -355,17 +222,6 @@ def bound_ms(case: Case, peaks: Peaks, counted_flops: int | None = None) -> tupl
     return floor.seconds * 1e3, floor.limited_by
 
 
-def precision_of(case: Case) -> str:
-    """In which the products of a case run, as a key of `Peaks.matmul_flops_per_s`."""
-    return product_precision(case.dtype, case.autocast, case.float32_matmul)
-
-
-def item_sizes(case: Case) -> dict[str, int]:
-    """Bytes per parameter, and per logit: autocast changes the one and not the other."""
-    logits = case.dtype if case.autocast == "none" else case.autocast
-    return {"itemsize": getattr(torch, case.dtype).itemsize, "logits_itemsize": getattr(torch, logits).itemsize}
-
-
 def predicted_seconds(case: Case, peaks: Peaks, slowdown: float) -> float:
     """How long measuring a case should take, if steps take `slowdown` times their floor."""
     floor_ms, _ = bound_ms(case, peaks)
@@ -380,7 +236,7 @@ def published_beside(published: PublishedSteps, case: Case) -> dict[str, float]:
         batch_size=case.batch_size,
         autocast=case.autocast,
         tf32=case.float32_matmul == "high",
-        compiled=case.compile,
+        compiled=case.compile == "model",
         warmup=case.warmup,
     )
 

@@ -23,6 +23,7 @@ from cs336_systems.bench.sweep import OnPart
 from cs336_systems.experiments import transformer_step
 from cs336_systems.experiments.transformer_step import Case
 from cs336_systems.model import TransformerConfig
+from cs336_systems.step import size_name
 
 LAPTOP_CONTEXTS: Mapping[str, Sequence[int]] = {"mini": [128]}
 
@@ -91,7 +92,7 @@ def published_deviations(store: Store | None = None) -> pd.DataFrame:
     """What others published of the question, with the name of each size."""
     rows = PublishedSteps((store or Store.default()).reference).by_warmups()
     dimensions = rows[["d_model", "d_ff", "num_layers", "num_heads"]].astype(int).to_dict("records")
-    return rows.assign(size=[transformer_step.size_name(TransformerConfig(**each)) for each in dimensions])
+    return rows.assign(size=[size_name(TransformerConfig(**each)) for each in dimensions])
 
 
 def predicted_seconds(case: Case, peaks: Peaks, slowdown: float) -> float:

@@ -50,7 +50,7 @@ _CHOICES = (
 _PLAIN = {
     "autocast": "none",
     "float32_matmul": "highest",
-    "compile": False,
+    "compile": "none",
     "attention": "reference",
     "formulation": "reference",
     "optimizer": "reference",

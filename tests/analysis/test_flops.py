@@ -11,8 +11,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from cs336_systems.analysis.flops import (
-    PHASES,
-    Phase,
     Work,
     attended_pairs,
     backward_work,
@@ -28,6 +26,7 @@ from cs336_systems.analysis.flops import (
 from cs336_systems.errors import UserError
 from cs336_systems.loss import cross_entropy
 from cs336_systems.model import SIZES, RopeYear, TransformerConfig, build_model
+from cs336_systems.step import PHASES, Phase
 
 # No two symbols have the same value, so that none can stand for another.
 ODD = TransformerConfig(d_model=24, d_ff=56, num_layers=3, num_heads=2, vocab_size=97, context_length=40)
@@ -229,7 +228,7 @@ def test_no_more_rows_are_looked_up_than_the_vocabulary_has() -> None:
 @pytest.mark.parametrize("name", [name for name in HANDOUT_SIZES if name != "leaderboard"])
 @pytest.mark.parametrize("context", [128, 512, 1024])
 def test_compulsory_bytes_grow_from_phase_to_phase_in_the_standard_setting(name: str, context: int) -> None:
-    forward, both, step = (compulsory_bytes(SIZES[name], phase, 4, context) for phase in PHASES)
+    _, forward, both, step = (compulsory_bytes(SIZES[name], phase, 4, context) for phase in PHASES)
     assert forward < both < step
 
 
@@ -242,7 +241,7 @@ def test_compulsory_bytes_are_never_more_than_what_the_components_move(phase: Ph
 
 def test_resident_bytes_are_weights_then_gradients_then_two_moments() -> None:
     weights = 4 * sum(parameter.numel() for parameter in build_model(ODD).parameters())
-    assert [resident_bytes(ODD, phase) for phase in PHASES] == [weights, 2 * weights, 4 * weights]
+    assert [resident_bytes(ODD, phase) for phase in PHASES] == [weights, weights, 2 * weights, 4 * weights]
     assert resident_bytes(ODD, "step", itemsize=2) == 2 * weights
 
 
@@ -257,7 +256,7 @@ def test_resident_bytes_are_weights_then_gradients_then_two_moments() -> None:
 )
 def test_an_unknown_phase_is_an_error_that_lists_the_known(account: Callable[[Any], object]) -> None:
     with pytest.raises(
-        UserError, match=r"unknown phase 'forwards': did you mean 'forward'\? Known: forward, forward-b"
+        UserError, match=r"unknown phase 'forwards': did you mean 'forward'\? Known: inference, forward, forward-b"
     ):
         account("forwards")
 

@@ -7,13 +7,14 @@ import random
 
 import pytest
 
-from cs336_systems.analysis.flops import PHASES, Phase, Work, compulsory_bytes, phase_work, total
+from cs336_systems.analysis.flops import Work, compulsory_bytes, phase_work, total
 from cs336_systems.analysis.hardware import Peaks, gpu_peaks
 from cs336_systems.analysis.roofline import bound, step_bound
 from cs336_systems.bench.records import Store
 from cs336_systems.errors import UserError
 from cs336_systems.model import SIZES, TransformerConfig
 from cs336_systems.repository import repository_root
+from cs336_systems.step import PHASES, Phase
 
 # 100 FLOP/s, 10 B/s, 50 bytes of cache: seconds can be counted in the head.
 TOY = Peaks("toy", {"float32": 100.0, "bfloat16": 400.0}, 10.0, cache_bytes=50, memory_bytes=1000, source="none")

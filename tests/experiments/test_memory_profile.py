@@ -15,10 +15,12 @@ from cs336_systems.analysis.activations import residual_bytes
 from cs336_systems.bench import sweep
 from cs336_systems.bench.allocator import allocated_bytes
 from cs336_systems.bench.records import Measurement, Store, missing_record
-from cs336_systems.experiments import memory_profile, transformer_step
+from cs336_systems.compilation import blocks_of
+from cs336_systems.experiments import memory_profile
 from cs336_systems.experiments.memory_profile import accounted, bytes_of
 from cs336_systems.experiments.transformer_step import Case
 from cs336_systems.profiling.outline import Outline
+from cs336_systems.step import build_step
 
 pytestmark = pytest.mark.problem("memory_profiling")
 
@@ -40,7 +42,7 @@ def measured(**changes: Any) -> dict[str, Any]:
 def test_the_peak_is_what_the_allocator_counts_on_top_of_what_was_there(phase: str, autocast: str) -> None:
     case = tiny(phase=phase, autocast=autocast)
     values = memory_profile.measure(case, lambda _: None).values
-    step = transformer_step.build_step(case)
+    step = build_step(case)
     step()
     step.optimizer.zero_grad(set_to_none=True)
     peak, _ = allocated_bytes(step, "cpu")
@@ -52,7 +54,7 @@ def test_the_peak_is_what_the_allocator_counts_on_top_of_what_was_there(phase: s
 
 
 def test_before_a_step_are_the_weights_the_batch_and_the_moments() -> None:
-    step = transformer_step.build_step(tiny())
+    step = build_step(tiny())
     weights = bytes_of(step.model.parameters())
     held = bytes_of([*step.model.parameters(), *step.model.buffers(), step.batch])
     assert measured(phase="forward")["before_bytes"] == held
@@ -65,11 +67,11 @@ def test_bytes_of_counts_what_is_shared_once() -> None:
 
 
 def test_backward_leaves_a_gradient_for_each_parameter_and_one_block_its_own() -> None:
-    step = transformer_step.build_step(tiny())
+    step = build_step(tiny())
     for phase in ("forward-backward", "step"):
         values = measured(phase=phase)
         assert values["gradient_bytes"] == bytes_of(step.model.parameters())
-        block = memory_profile.blocks_of(step.model)[1]
+        block = blocks_of(step.model)[1]
         assert values["block_gradient_bytes"] == bytes_of(block.parameters())
 
 
@@ -142,13 +144,13 @@ def test_of_a_model_without_known_blocks_the_peak_is_measured_and_what_is_not_kn
 
 def test_blocks_are_found_in_either_kind_of_list() -> None:
     model = torch.nn.Module()
-    assert memory_profile.blocks_of(model) == []
+    assert blocks_of(model) == []
     for kind in (torch.nn.ModuleList, torch.nn.Sequential):
         blocks = [torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)]
         model.layers = kind()
         for block in blocks:
             model.layers.append(block)
-        assert memory_profile.blocks_of(model) == blocks
+        assert blocks_of(model) == blocks
 
 
 @pytest.mark.parametrize("attention", ["flash", "sdpa"])
@@ -202,7 +204,7 @@ def test_where_the_accounting_has_other_sizes_nothing_gets_a_name() -> None:
 
 
 def test_what_is_not_known_of_other_models_and_attention_is_not_made_up() -> None:
-    for case in (tiny(attention="flash"), tiny(model="somebody:Model"), tiny(compile=True)):
+    for case in (tiny(attention="flash"), tiny(model="somebody:Model"), tiny(compile="model")):
         found = accounted(case)
         assert found["saved_accounted"] == found["held_after_forward"] == {}
         assert math.isnan(found["accounted_bytes"])

@@ -21,6 +21,7 @@ from cs336_systems.experiments.step_profile import RANGES
 from cs336_systems.profiling import recorder
 from cs336_systems.profiling.kernels import Recording
 from cs336_systems.profiling.recordings import read_recording
+from cs336_systems.step import build_step
 
 pytestmark = pytest.mark.problem("nsys_profile")
 
@@ -85,7 +86,7 @@ def test_a_record_survives_the_way_to_a_file_and_back_and_stays_small(store: Sto
 def test_what_a_record_has_of_a_range_adds_up(tmp_path: Path) -> None:
     """Kernels, where all are kept, and categories are the same work told in two ways."""
     trace = tmp_path / "trace.json"
-    step = transformer_step.build_step(tiny(phase="step"))
+    step = build_step(tiny(phase="step"))
     with recorder.record_trace(trace, "cpu"):
         step()
     recording = step_profile.with_blocks_together(read_recording(trace))

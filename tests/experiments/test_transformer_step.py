@@ -17,6 +17,7 @@ from cs336_systems.errors import UserError
 from cs336_systems.experiments import transformer_step
 from cs336_systems.experiments.transformer_step import Case
 from cs336_systems.model import model_size
+from cs336_systems.step import build_step
 
 pytestmark = pytest.mark.problem("benchmarking_script")
 
@@ -68,7 +69,7 @@ def test_every_choice_runs(choice: dict[str, str]) -> None:
 def test_a_forward_is_with_autograd_and_changes_no_weight_and_a_step_changes_them_all() -> None:
     for phase, changes in (("forward", False), ("forward-backward", False), ("step", True)):
         torch.manual_seed(0)
-        step = transformer_step.build_step(tiny(phase=phase))
+        step = build_step(tiny(phase=phase))
         parameters = list(step.model.parameters())
         before = [parameter.detach().clone() for parameter in parameters]
         step()
@@ -82,7 +83,7 @@ def test_the_same_seed_gives_the_same_model_and_batch() -> None:
     for seed in (1, 1, 2):
         case = tiny(phase="forward", seed=seed)
         torch.manual_seed(case.seed)
-        outputs.append(transformer_step.build_step(case)())
+        outputs.append(build_step(case)())
     assert torch.equal(outputs[0], outputs[1])  # type: ignore[arg-type]
     assert not torch.equal(outputs[0], outputs[2])  # type: ignore[arg-type]
 

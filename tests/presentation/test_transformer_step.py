@@ -30,7 +30,7 @@ def row(**changes: Any) -> dict[str, Any]:
         "dtype": "float32",
         "autocast": "none",
         "float32_matmul": "highest",
-        "compile": False,
+        "compile": "none",
         "attention": "reference",
         "formulation": "reference",
         "optimizer": "reference",

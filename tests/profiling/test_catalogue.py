@@ -14,7 +14,7 @@ from cs336_systems.errors import WorkbookWarning
 from cs336_systems.files import write_atomically
 from cs336_systems.profiling.catalogue import SCHEMA, Profile, keep, profile_name, profiles
 
-CASE: dict[str, Any] = {"d_model": 16, "context_length": 128, "phase": "step", "compile": False, "model": None}
+CASE: dict[str, Any] = {"d_model": 16, "context_length": 128, "phase": "step", "compile": "none", "model": None}
 EXTRAS: dict[str, Any] = {"cuda_memory_usage": False}
 
 

@@ -13,6 +13,7 @@ from cs336_systems.bench.timing import time_steps
 from cs336_systems.experiments import transformer_step
 from cs336_systems.profiling import ranges
 from cs336_systems.profiling.ranges import named_range, record_ranges
+from cs336_systems.step import build_step
 
 PARTS = ["scores", "softmax", "value product"]
 BLOCK = ["attention", *PARTS, "feed-forward"]
@@ -38,7 +39,7 @@ def test_the_parts_of_attention_show_in_a_profile_in_their_order() -> None:
 def names_of_a_step(recording: bool) -> list[str]:
     """The ranges of a training step of a model of two blocks, in order."""
     (cell,) = transformer_step.grid(contexts={"tiny": [16]}, phases=["step"], device="cpu")
-    step = transformer_step.build_step(cell.case)
+    step = build_step(cell.case)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile, record_ranges(recording):
         step()
     known = {"forward", "loss", "backward", "optimizer", "logits", "block 0", "block 1", *BLOCK}

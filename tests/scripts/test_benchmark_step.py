@@ -78,7 +78,10 @@ def table_of(text: str) -> list[dict[str, str]]:
         (["--size", "tiny", "--rope-theta", "nan"], "rope_theta must be a positive finite number, found nan"),
         (["--size", "tiny", "--rope-theta", "inf"], "rope_theta must be a positive finite number, found inf"),
         (["--size", "tiny", "--phase", "backward"], "unknown phase 'backward': did you mean 'forward-backward'?"),
-        (["--size", "tiny", "--phase", "step", "setp"], "unknown phase 'setp': did you mean 'step'? Known: forward,"),
+        (
+            ["--size", "tiny", "--phase", "step", "setp"],
+            "unknown phase 'setp': did you mean 'step'? Known: inference, forward,",
+        ),
         (["--size", "tiny", "--batch", "0"], "batch_size must be a whole number of at least 1, found 0"),
         (["--size", "tiny", "--steps", "0"], "steps must be a whole number of at least 1, found 0"),
         (["--size", "tiny", "--warmup", "-1"], "warmup must be a whole number of at least 0, found -1"),
@@ -177,7 +180,7 @@ def test_a_size_beyond_the_memory_is_refused_before_it_is_built(
     def build(*_: Any, **__: Any) -> None:
         raise AssertionError("the model was built")
 
-    monkeypatch.setattr("cs336_systems.experiments.transformer_step.build_model", build)
+    monkeypatch.setattr("cs336_systems.step.build_model", build)
     assert status_of(script, "--size", "10b", "--phase", "step", "--device", "cpu") == 1
     captured = capsys.readouterr()
     (record,) = records()

@@ -146,7 +146,7 @@ def test_each_context_and_phase_has_a_profile_that_says_which_case_it_is_of(scri
 def test_the_step_is_told_its_case_in_full_and_keeps_its_records_in_a_folder_that_is_gone(
     script: ModuleType, nsys: Path, tmp_path: Path
 ) -> None:
-    assert status_of(script, *SMALLEST, "--compile") == 0
+    assert status_of(script, *SMALLEST, "--compile=model") == 0
     call = calls_of(nsys)[0]
     assert call["command"][:2] == [sys.executable, str(tmp_path / "benchmark_step.py")]
     words = call["command"][2:]
@@ -155,7 +155,7 @@ def test_the_step_is_told_its_case_in_full_and_keeps_its_records_in_a_folder_tha
     assert not Path(folder).exists()
     benchmark = load_script("benchmark_step").parse(words)
     assert benchmark.ranges
-    assert benchmark.compile
+    assert benchmark.compile == "model"
     (made,) = kept()
     assert made.command[made.command.index("--ranges") - len(options) + 1 :] == [*options, "--data-dir", "FOLDER"]
     assert not any(str(tmp_path) in word for word in made.command if not word.endswith("benchmark_step.py"))

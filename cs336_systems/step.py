@@ -1,0 +1,202 @@
+"""One step of a Transformer: what it is made of, and the step itself, ready to be run again and again.
+
+- inference: the model alone, without autograd.
+- forward: the model alone, with autograd on, as in training.
+- forward-backward: gradients cleared, forward, cross-entropy, backward.
+- step: the same, then AdamW.
+
+Whoever times, profiles, records or predicts a step does so of the same one.
+
+Source: CS336 assignment 2, section 1.1.3.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import torch
+
+from cs336_systems.attention.backends import attention_source
+from cs336_systems.compilation import MODES as COMPILE_MODES
+from cs336_systems.compilation import compile_model
+from cs336_systems.errors import UserError, unknown_name
+from cs336_systems.loss import FORMULATIONS as LOSSES
+from cs336_systems.model import SIZES, TransformerConfig, build_model, check_choices
+from cs336_systems.optimizer import build_optimizer
+from cs336_systems.profiling.ranges import named_range
+
+Phase = Literal["inference", "forward", "forward-backward", "step"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
+PHASES_OF_TRAINING: tuple[Phase, ...] = PHASES[1:]
+DTYPES = ("float32", "bfloat16", "float16")
+AUTOCAST = ("none", "bfloat16", "float16")
+FLOAT32_MATMUL = ("highest", "high")
+
+
+@dataclasses.dataclass(frozen=True)
+class StepConfig:
+    """What a step is made of. All of it is checked on creation.
+
+    Raises:
+        UserError: a value that cannot be; the message names it and lists what can.
+    """
+
+    d_model: int
+    d_ff: int
+    num_layers: int
+    num_heads: int
+    context_length: int
+    device: str
+    vocab_size: int = 10_000
+    rope_theta: float = 10_000.0
+    batch_size: int = 4
+    phase: str = "step"
+    dtype: str = "float32"
+    autocast: str = "none"
+    float32_matmul: str = "highest"
+    """PyTorch's float32_matmul_precision: "high" lets float32 products run in TF32."""
+    compile: str = "none"
+    """What torch.compile is given: none, the model, or its blocks one by one."""
+    attention: str = "reference"
+    formulation: str = "reference"
+    optimizer: str = "reference"
+    rope: str = "2025"
+    model: str | None = None
+    """Somebody else's model as `module:Class`; None for ours."""
+
+    def __post_init__(self) -> None:
+        _ = self.config  # validates the sizes
+        check_choices(self.rope, self.formulation)
+        for name, known in (
+            ("phase", PHASES),
+            ("dtype", DTYPES),
+            ("autocast", AUTOCAST),
+            ("float32_matmul", FLOAT32_MATMUL),
+            ("compile", COMPILE_MODES),
+            ("device", ("cpu", "cuda")),
+        ):
+            if getattr(self, name) not in known:
+                raise unknown_name(name, getattr(self, name), known)
+        self.require_whole("batch_size", 1)
+
+    def require_whole(self, name: str, least: int) -> None:
+        """Raise a UserError unless a field is a whole number of at least `least`."""
+        value = getattr(self, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise UserError(f"{name} must be a whole number of at least {least}, found {value!r}")
+
+    @property
+    def config(self) -> TransformerConfig:
+        return TransformerConfig(
+            self.d_model,
+            self.d_ff,
+            self.num_layers,
+            self.num_heads,
+            self.vocab_size,
+            self.context_length,
+            self.rope_theta,
+        )
+
+    @property
+    def size(self) -> str:
+        """The name of the size, whatever its context length, or "custom"."""
+        return size_name(self.config)
+
+    @property
+    def has_backward(self) -> bool:
+        return self.phase in ("forward-backward", "step")
+
+    @property
+    def object_references(self) -> tuple[str, ...]:
+        """Implementations named by reference, whose source a record depends on beside what every case uses."""
+        return tuple(name for name in (self.model, attention_source(self.attention)) if name is not None)
+
+    def __str__(self) -> str:
+        return f"{self.size}, context {self.context_length}, {self.phase}"
+
+
+def size_name(config: TransformerConfig) -> str:
+    """The name under which `SIZES` has this model, or "custom"."""
+    for name, size in SIZES.items():
+        if dataclasses.replace(config, context_length=size.context_length) == size:
+            return name
+    return "custom"
+
+
+@dataclasses.dataclass(frozen=True)
+class BuiltStep:
+    """A step that can be run again and again, and what it holds between two runs."""
+
+    run: Callable[[], object]
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    batch: torch.Tensor
+    """Tokens and targets, of shape (2, batch, context)."""
+
+    def __call__(self) -> object:
+        return self.run()
+
+
+def build_step(chosen: StepConfig) -> BuiltStep:
+    """Model, random batch and optimizer, and the step that uses them: all is made here, outside the timed region."""
+    with torch.device(chosen.device):
+        model = build_model(
+            chosen.config,
+            model=chosen.model,
+            rope=chosen.rope,  # type: ignore[arg-type]
+            attention=chosen.attention,
+            formulation=chosen.formulation,  # type: ignore[arg-type]
+        ).to(device=chosen.device, dtype=getattr(torch, chosen.dtype))
+        batch = torch.randint(chosen.vocab_size, (2, chosen.batch_size, chosen.context_length))
+    tokens, targets = batch
+    if chosen.model is not None:
+        require_logits(chosen, model, tokens)
+    optimizer = build_optimizer(chosen.optimizer, model.parameters())
+    cross_entropy = LOSSES[chosen.formulation]
+    if chosen.compile != "none":
+        torch.compiler.reset()  # nothing compiled by an earlier case is used
+        compile_model(model, chosen.compile)
+
+    def autocast() -> contextlib.AbstractContextManager[Any]:
+        if chosen.autocast == "none":
+            return contextlib.nullcontext()
+        return torch.autocast(chosen.device, dtype=getattr(torch, chosen.autocast))
+
+    def forward() -> torch.Tensor:
+        with autocast(), named_range("forward"):
+            logits: torch.Tensor = model(tokens)
+            return logits
+
+    def inference() -> torch.Tensor:
+        with torch.no_grad():
+            return forward()
+
+    def forward_backward() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        logits = forward()
+        with autocast(), named_range("loss"):
+            loss = cross_entropy(logits, targets)
+        del logits  # the graph keeps what backward needs
+        with named_range("backward"):
+            loss.backward()
+
+    def step() -> None:
+        forward_backward()
+        with named_range("optimizer"):
+            optimizer.step()
+
+    runs = {"inference": inference, "forward": forward, "forward-backward": forward_backward, "step": step}
+    return BuiltStep(runs[chosen.phase], model, optimizer, batch)
+
+
+def require_logits(chosen: StepConfig, model: torch.nn.Module, tokens: torch.Tensor) -> None:
+    """Raise a UserError unless somebody else's model maps tokens to logits."""
+    expected = (chosen.batch_size, chosen.context_length, chosen.vocab_size)
+    with torch.no_grad():
+        found = getattr(model(tokens), "shape", None)
+    if found != expected:
+        shown = "no tensor" if found is None else f"shape {tuple(found)}"
+        raise UserError(f"{chosen.model} must map tokens {expected[:2]} to logits {expected}, found {shown}")
