@@ -90,7 +90,7 @@ class PublishedSteps:
         return rows
 
     def by_autocast(self) -> pd.DataFrame:
-        """The A100's training steps without and with autocast: `none_ms` and `bfloat16_ms`, where both are published."""
+        """The A100's training steps of which both are published: `none_ms`, and `bfloat16_ms` under autocast."""
         tables = (self._tables[_A100_TABLES["step", autocast]] for autocast in ("none", "bfloat16"))
         plain, mixed = (table[[*_MODEL, "batch_size", "mean_s"]] for table in tables)
         rows = plain.merge(mixed, on=[*_MODEL, "batch_size"], suffixes=("", "_mixed"))

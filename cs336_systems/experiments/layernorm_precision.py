@@ -121,8 +121,8 @@ def measure(case: Case, on_part: OnPart) -> Measurement:
         results[name] = layer_norm(x, weight, bias, in_half=steps, half=low)
         on_part(done / len(ROWS))
     for name, dtype in ((REFERENCE, low), (REFERENCE_FLOAT32, torch.float32)):
-        operands = [tensor.to(dtype) for tensor in (x, weight, bias)]
-        results[name] = torch.nn.functional.layer_norm(operands[0], (case.width,), *operands[1:], eps=EPS).double()
+        given, w, b = (tensor.to(dtype) for tensor in (x, weight, bias))
+        results[name] = torch.nn.functional.layer_norm(given, (case.width,), w, b, EPS).double()
     on_part(1.0)
     not_finite = {name: int((~result.isfinite()).sum()) for name, result in results.items()}
     errors = {

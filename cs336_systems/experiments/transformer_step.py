@@ -331,7 +331,7 @@ def published_autocast(store: Store | None = None) -> pd.DataFrame:
     """
     rows = []
     for row in PublishedSteps((store or Store.default()).reference).by_autocast().to_dict("records"):
-        shape = {name: int(value) for name, value in row.items() if not name.endswith("_ms")}
+        shape: dict[str, Any] = {name: int(value) for name, value in row.items() if not name.endswith("_ms")}
         cases = {autocast: Case(**shape, device="cuda", autocast=autocast) for autocast in ("none", "bfloat16")}
         case = cases["none"]
         work = flops.phase_work(case.config, "step", case.batch_size, case.context_length)

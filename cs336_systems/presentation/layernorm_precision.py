@@ -288,8 +288,8 @@ def _conclusion(rows: pd.DataFrame) -> Finding | None:
         worst.append(float((alone["error"] / alone["reference_error"]).median()))
         texts.append(
             f"{precision}: all steps in it lose {_shares_lost(by_step[ALL])} scales, and have "
-            f"{number(worst[-1], 2)} times the error of PyTorch's layer_norm elsewhere; with sums in float32 {kept} are "
-            f"lost; PyTorch's own has {percent(by_step[REFERENCE]['error'].median())} in {precision} and "
+            f"{number(worst[-1], 2)} times the error of PyTorch's layer_norm elsewhere; with sums in float32 {kept} "
+            f"are lost; PyTorch's own has {percent(by_step[REFERENCE]['error'].median())} in {precision} and "
             f"{percent(by_step[REFERENCE_FLOAT32]['error'].median())} in float32"
         )
     return Finding.checked(

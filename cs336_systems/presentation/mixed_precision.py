@@ -251,12 +251,15 @@ def _times(rows: pd.DataFrame) -> Finding | None:
     texts, grows = [], []
     for phase, group in found.groupby("phase", sort=False):
         least, most = (group.loc[index()] for index in (group["flops"].idxmin, group["flops"].idxmax))
-        told = f"{phase} of {least['size']} at context {least['context_length']} {number(least['speedup'])} times"
+        told = f"{phase} of {least['size']} at context {least['context_length']} {number(least['speedup'])}"
         if most["flops"] > least["flops"]:
             told += f", of {most['size']} at context {most['context_length']} {number(most['speedup'])}"
             grows.append(bool(most["speedup"] > least["speedup"]))
         texts.append(told)
-    fact = f"Under bfloat16 autocast the steps are as fast as in float32: {'; '.join(texts)} ({plural(len(found), 'quiet pair')})"
+    fact = (
+        f"Under bfloat16 autocast steps are so many times as fast as in float32: {'; '.join(texts)} "
+        f"({plural(len(found), 'quiet pair')})"
+    )
     if not grows:
         return Finding(f"{fact}.")
     return Finding.checked(
@@ -333,8 +336,8 @@ def _published_times(steps: pd.DataFrame) -> Finding:
     texts = ", ".join(f"{number(row.speedup)} for {row.size}" for row in shortest.itertuples())
     return Finding.checked(
         f"On an {A100} others' training steps at context {shortest['context_length'].iloc[0]} were, under autocast, so "
-        f"many times as fast as in float32: {texts}. {agreeing} of {plural(compared, 'comparison')} of two sizes at one context come out in the "
-        "order that their operators' FLOPs and bytes give",
+        f"many times as fast as in float32: {texts}. {agreeing} of {plural(compared, 'comparison')} of two sizes at "
+        "one context come out in the order that their operators' FLOPs and bytes give",
         agreeing == compared,
         so=": the wider the model, the more of its time are products.",
         but=".",
@@ -350,8 +353,8 @@ def _published_growth(steps: pd.DataFrame) -> Finding:
     texts = {name: f"{number(ratio.min(), 3)} to {number(ratio.max(), 3)} times" for name, ratio in grown.items()}
     context = int(found["context_length"].iloc[0])
     return Finding.checked(
-        f"From context {context // 2} to {context} the FLOPs of a step grow to {texts['flops']}, its time in float32 to "
-        f"{texts['none_ms']}, and under autocast to {texts['bfloat16_ms']}",
+        f"From context {context // 2} to {context} the FLOPs of a step grow to {texts['flops']}, its time in float32 "
+        f"to {texts['none_ms']}, and under autocast to {texts['bfloat16_ms']}",
         bool(grown["bfloat16_ms"].max() < 1.05 < grown["none_ms"].min()),
         so=(
             ". Under autocast these steps do not wait for their products any more, but for what is the same at both "

@@ -86,22 +86,21 @@ def elsewhere(summary: pd.DataFrame) -> Table | Finding:
 
 def stretches(summary: pd.DataFrame) -> Table | Finding:
     """Why a sum in half precision goes wrong: what one addition amounts to, from binade to binade."""
-    rows = []
-    for case in _of_half_precision(summary).itertuples():
-        for stretch in case.stretches[-MOST_STRETCHES:]:
-            rows.append(
-                {
-                    "accumulator": case.accumulator,
-                    "first": float(stretch.first),
-                    "last": float(stretch.last),
-                    "spacing": float(stretch.spacing),
-                    "spacings": float(stretch.addend / stretch.spacing),
-                    "rounded": round(stretch.addend / stretch.spacing),
-                    "step": float(stretch.step),
-                    "additions": stretch.additions,
-                    "error": float(stretch.error),
-                }
-            )
+    rows = [
+        {
+            "accumulator": case.accumulator,
+            "first": float(stretch.first),
+            "last": float(stretch.last),
+            "spacing": float(stretch.spacing),
+            "spacings": float(stretch.addend / stretch.spacing),
+            "rounded": round(stretch.addend / stretch.spacing),
+            "step": float(stretch.step),
+            "additions": stretch.additions,
+            "error": float(stretch.error),
+        }
+        for case in _of_half_precision(summary).itertuples()
+        for stretch in case.stretches[-MOST_STRETCHES:]
+    ]
     if not rows:
         return Finding("No accumulation in half precision was asked for.")
     columns = [
@@ -269,8 +268,8 @@ def _in_half(rows: pd.DataFrame) -> Finding | None:
         texts.append(told)
     argued, all_of_them = int(measured["as_argued"].sum()), int(measured["count"].sum())
     return Finding.checked(
-        f"{'; '.join(texts)}. Of {all_of_them:,} additions {argued:,} amount to the addend rounded to the accumulator's "
-        "spacing",
+        f"{'; '.join(texts)}. Of {all_of_them:,} additions {argued:,} amount to the addend rounded to the "
+        "accumulator's spacing",
         argued > 0.98 * all_of_them,
         so=": every addition errs by as much and to the same side until the sum passes a power of two.",
         but=": that argument does not explain these sums.",
