@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -87,6 +88,6 @@ def test_a_summary_has_a_row_per_tensor_and_none_is_known_without_a_record(store
     ("options", "message"),
     [({"rules": "tpu"}, "unknown rules 'tpu'.*cuda, cpu"), ({"autocast": "fp16"}, "unknown autocast 'fp16'.*float16")],
 )
-def test_what_is_not_known_is_an_error_that_lists_the_known(options: dict[str, str], message: str) -> None:
+def test_what_is_not_known_is_an_error_that_lists_the_known(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Case(**{"rules": "cuda", "autocast": "float16", "device": "cpu", **options})

@@ -36,7 +36,7 @@ def record(case: Case, *, roundoffs: Mapping[str, float] | None = None, **change
     costly = dict.fromkeys(("mean", "variance", ALL), 10.0 if case.scale >= 1 else 1.0)
     errors = {name: unit * ({**costly, **(roundoffs or {})}).get(name, 1.0) for name in ROWS}
     overflows = case.precision == "float16" and case.scale > 100
-    touched = {name: 1.0 for name in VARIANTS}
+    touched = dict.fromkeys(VARIANTS, 1.0)
     if overflows:
         errors["square"] = 1.0
         del errors["variance"], errors[ALL]
