@@ -159,7 +159,7 @@ def _draw_precision(panel: Any, rows: pd.DataFrame, darkness: Any) -> Any:
     for y, line in enumerate(shown):
         for x, row in enumerate(line):
             if row.status == "ok":
-                colour = "white" if darkness(values[y][x]) > 0.5 else "black"
+                colour = "white" if darkness(values[y][x]) > 0.55 else "black"
                 panel.text(x, y, _error_text(row), ha="center", va="center", fontsize=7, color=colour)
     panel.set_xticks(range(len(scales)), [f"{scale:g}" for scale in scales])
     panel.set_yticks(range(len(steps)), steps)
