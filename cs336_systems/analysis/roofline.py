@@ -52,3 +52,33 @@ def step_bound(
     flops = total(phase_work(config, phase, batch_size, seq_len, skips_masked=skips_masked).values()).flops
     distinct = compulsory_bytes(config, phase, batch_size, seq_len, itemsize=itemsize, logits_itemsize=logits_itemsize)
     return bound(Work(flops, distinct), peaks, precision)
+
+
+IN_FLOAT32_UNDER_AUTOCAST = frozenset({"embedding", "norms", "residuals", "loss", "optimizer"})
+"""Components whose numbers stay in float32 under autocast; the others' are in half precision."""
+
+
+def operators_seconds(
+    config: TransformerConfig,
+    phase: Phase,
+    batch_size: int,
+    seq_len: int,
+    peaks: Peaks,
+    precision: str,
+    *,
+    itemsize: int = 4,
+    autocast_itemsize: int | None = None,
+) -> float:
+    """How long a phase takes if each of its components is one perfect kernel, one after the other.
+
+    No floor, since fused kernels move less; but it tells how much of the time products are, and how much is traffic,
+    of which autocast leaves the part in float32 as it is.
+
+    Args:
+        autocast_itemsize: bytes of a number in autocast's precision; without autocast None.
+    """
+    wide = phase_work(config, phase, batch_size, seq_len, itemsize=itemsize)
+    half = phase_work(config, phase, batch_size, seq_len, itemsize=autocast_itemsize or itemsize)
+    works = {name: wide[name] if name in IN_FLOAT32_UNDER_AUTOCAST else half[name] for name in wide}
+    rate, bandwidth = peaks.rate(precision), peaks.bandwidth_bytes_per_s
+    return sum(max(work.flops / rate, work.bytes / bandwidth) for work in works.values())

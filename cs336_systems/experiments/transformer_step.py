@@ -21,9 +21,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cs336_systems.analysis import flops
 from cs336_systems.analysis.footprint import CPU, Footprint, plan_step
-from cs336_systems.analysis.hardware import Peaks, identify_gpu, product_precision
+from cs336_systems.analysis.hardware import GPUS, Peaks, identify_gpu, product_precision
 from cs336_systems.analysis.published import PublishedSteps
-from cs336_systems.analysis.roofline import bound, step_bound
+from cs336_systems.analysis.roofline import bound, operators_seconds, step_bound
 from cs336_systems.bench import grid as grids
 from cs336_systems.bench.allocator import PeakMemory, available_bytes, describe_memory
 from cs336_systems.bench.machine import resolve_device
@@ -258,6 +258,23 @@ def bound_ms(case: StepConfig, peaks: Peaks, counted_flops: int | None = None) -
     return floor.seconds * 1e3, floor.limited_by
 
 
+def operators_ms(case: StepConfig, peaks: Peaks) -> float:
+    """The step in milliseconds if every component were one perfect kernel; NaN where that is not known."""
+    precision = precision_of(case)
+    if not peaks.bounds(precision) or case.model is not None or case.attention != "reference":
+        return float("nan")
+    return 1e3 * operators_seconds(
+        case.config,
+        checked_phase(case),
+        case.batch_size,
+        case.context_length,
+        peaks,
+        precision,
+        itemsize=getattr(torch, case.dtype).itemsize,
+        autocast_itemsize=None if case.autocast == "none" else getattr(torch, case.autocast).itemsize,
+    )
+
+
 def predicted_seconds(case: Case, peaks: Peaks, slowdown: float) -> float:
     """How long measuring a case should take, if steps take `slowdown` times their floor."""
     floor_ms, _ = bound_ms(case, peaks)
@@ -335,10 +352,27 @@ def summarise(
             "bound_ms": floor_ms,
             "bound_by": limited_by,
             "bound_lacks": peaks.lacks if math.isnan(floor_ms) else "",
+            "operators_ms": operators_ms(case, peaks),
             "flops": counted or flops.total(work.values()).flops,
             "peak_bytes": describe_memory(record.measurement.values),
             "planned_bytes": record.measurement.values.get("planned_allocated_bytes", math.nan),
             **published_beside(published, case),
         }
         rows.append(row | {"times_bound": row["median_ms"] / floor_ms})
+    return pd.DataFrame(rows)
+
+
+def published_autocast(store: Store | None = None) -> pd.DataFrame:
+    """Training steps on an A100 without and with autocast, as others published them, beside what operators take there.
+
+    Columns `none_ms` and `bfloat16_ms`, the same with `_operators_ms`, and `flops`.
+    """
+    rows = []
+    for row in PublishedSteps((store or Store.default()).reference).by_autocast().to_dict("records"):
+        shape: dict[str, Any] = {name: int(value) for name, value in row.items() if not name.endswith("_ms")}
+        cases = {autocast: Case(**shape, device="cuda", autocast=autocast) for autocast in ("none", "bfloat16")}
+        case = cases["none"]
+        work = flops.phase_work(case.config, "step", case.batch_size, case.context_length)
+        expected = {f"{name}_operators_ms": operators_ms(each, GPUS["a100-40gb"]) for name, each in cases.items()}
+        rows.append({"size": case.size, **row, **expected, "flops": flops.total(work.values()).flops})
     return pd.DataFrame(rows)

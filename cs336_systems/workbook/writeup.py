@@ -68,6 +68,8 @@ class Exhibit:
     problem: str
     _blocks: _Blocks
     part: str = ""
+    presenter: str = ""
+    """The module of `presentation/` that shows it, where that is not the experiment's own."""
 
     @property
     def machine(self) -> str:
@@ -98,6 +100,10 @@ class Exhibit:
     def where(self, **fields: Any) -> Exhibit:
         """The part of the evidence whose columns have these values, where a problem asks for a part of a grid."""
         return dataclasses.replace(self, evidence=self.evidence.where(**fields))
+
+    def presented_by(self, presenter: str) -> Exhibit:
+        """The same shown by another module of `presentation/`, whose name becomes part of its table's and figure's."""
+        return dataclasses.replace(self, presenter=presenter, part=presenter)
 
     def called(self, part: str) -> Exhibit:
         """The same with another name for its table and figure, where one problem shows several parts of a grid."""
@@ -130,7 +136,7 @@ class Exhibit:
         return bool(self.recorded and len(self.evidence.shown))
 
     def _present(self, function: str) -> Any:
-        module = load_presentation(self.evidence.experiment)
+        module = load_presentation(self.presenter or self.evidence.experiment)
         if not hasattr(module, function):
             known = [
                 name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__
