@@ -149,7 +149,8 @@ def build_step(chosen: StepConfig) -> BuiltStep:
             rope=chosen.rope,  # type: ignore[arg-type]
             attention=chosen.attention,
             formulation=chosen.formulation,  # type: ignore[arg-type]
-        ).to(device=chosen.device, dtype=getattr(torch, chosen.dtype))
+        )
+        model = _placed(model, torch.device(chosen.device), getattr(torch, chosen.dtype))
         batch = torch.randint(chosen.vocab_size, (2, chosen.batch_size, chosen.context_length))
     tokens, targets = batch
     if chosen.model is not None:
@@ -190,6 +191,16 @@ def build_step(chosen: StepConfig) -> BuiltStep:
 
     runs = {"inference": inference, "forward": forward, "forward-backward": forward_backward, "step": step}
     return BuiltStep(runs[chosen.phase], model, optimizer, batch)
+
+
+def _placed(model: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+    """`model` on a device in a precision; untouched if it is there, since tensors without data cannot be converted."""
+    tensors = [*model.parameters(), *model.buffers()]
+    is_there = all(
+        tensor.device.type == device.type and (tensor.dtype == dtype or not tensor.is_floating_point())
+        for tensor in tensors
+    )
+    return model if is_there else model.to(device=device, dtype=dtype)
 
 
 def require_logits(chosen: StepConfig, model: torch.nn.Module, tokens: torch.Tensor) -> None:
