@@ -77,21 +77,35 @@ def stages_of(chosen: StepConfig) -> tuple[Stage, ...]:
             f"the operators of attention {chosen.attention!r} depend on the device and cannot be counted without it: "
             f"expected {' or '.join(COUNTED_ATTENTION)}"
         )
-    # A case of an experiment has further fields, which are no part of the step.
+    # A case of an experiment has further fields, which are no part of the step; and neither how products round nor
+    # what is compiled changes the trace.
     values = {field.name: getattr(chosen, field.name) for field in dataclasses.fields(StepConfig)}
-    of_training = chosen.phase != "inference"
-    whole = StepConfig(**values | {"phase": "step" if of_training else "inference", "float32_matmul": "highest"})
-    by_name = {stage.name: stage for stage in _all_stages(whole)}
+    phase = "inference" if chosen.phase == "inference" else "step"
+    whole = StepConfig(**values | {"phase": phase, "float32_matmul": "highest", "compile": "none"})
+    counted = _counted(whole)
+    stages = counted.eager if chosen.compile == "none" else counted.compiled
+    by_name = {stage.name: stage for stage in stages}
     return tuple(by_name[name] for name in _STAGES[chosen.phase])
 
 
+@dataclasses.dataclass(frozen=True)
+class _Counted:
+    """The stages of one trace, as it is and with its model compiled."""
+
+    eager: tuple[Stage, ...]
+    compiled: tuple[Stage, ...]
+
+
 @functools.lru_cache(maxsize=256)
-def _all_stages(chosen: StepConfig) -> tuple[Stage, ...]:
+def _counted(chosen: StepConfig) -> _Counted:
     """Of any depth, from those of one block and of two, where the blocks are known to be equal."""
     if chosen.model is not None or chosen.num_layers <= 2:
-        return _stages(chosen, _trace(dataclasses.replace(chosen, compile="none")))
-    one, two = (_all_stages(dataclasses.replace(chosen, num_layers=depth)) for depth in (1, 2))
-    return tuple(_deeper(first, second, chosen.num_layers) for first, second in zip(one, two, strict=True))
+        traced = _trace(chosen)
+        names = _STAGES[chosen.phase]
+        return _Counted(_stages(names, traced), _stages(names, _compiled(traced)))
+    one, two = (_counted(dataclasses.replace(chosen, num_layers=depth)) for depth in (1, 2))
+    deeper = functools.partial(_deeper, depth=chosen.num_layers)
+    return _Counted(tuple(map(deeper, one.eager, two.eager)), tuple(map(deeper, one.compiled, two.compiled)))
 
 
 def _deeper(one: Stage, two: Stage, depth: int) -> Stage:
@@ -104,10 +118,8 @@ def _deeper(one: Stage, two: Stage, depth: int) -> Stage:
     return Stage(one.name, MappingProxyType({kind: count for kind, count in times.items() if count}))
 
 
-def _stages(chosen: StepConfig, traced: Trace) -> tuple[Stage, ...]:
-    if chosen.compile != "none":
-        traced = _compiled(traced)
-    counted: dict[str, Counter[Operator]] = {name: Counter() for name in _STAGES[chosen.phase]}
+def _stages(names: Sequence[str], traced: Trace) -> tuple[Stage, ...]:
+    counted: dict[str, Counter[Operator]] = {name: Counter() for name in names}
     for call in traced.calls:
         if call.ranges and call.ranges[0] in counted:  # clearing gradients launches nothing
             counted[call.ranges[0]][call.operator] += 1

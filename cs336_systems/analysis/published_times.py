@@ -1,0 +1,159 @@
+"""Published tables of step times, each predicted: by three constants, and by a fit that knows no operators.
+
+    for table in published_tables(store.reference):
+        prediction = predict_table(table)
+        prediction.constants, prediction.error, prediction.linear_error
+
+A table is of one kind of step on one machine. Every size is predicted by the constants that are fitted to the other
+sizes, so that no row is predicted from itself or from its own model at another context.
+
+Beside it stands what anybody would fit first: seconds as a sum of FLOPs, layers (each costs the host the same) and
+L·T·D (each layer moves its activations), with three coefficients by least squares of relative errors, sizes left out in
+the same way. It has as many constants, and no ceilings, precisions or launches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from cs336_systems.analysis.flops import phase_work, total
+from cs336_systems.analysis.hardware import gpu_peaks
+from cs336_systems.analysis.step_time import Constants, TimedStep, calibrate, left_out
+from cs336_systems.step import Phase, StepConfig
+
+_A100, _H100 = "a100-40gb", "h100-sxm"
+_BATCH_SIZE = 4
+_H100_TABLE = "transformer_train_step_h100"
+# File, column, GPU, and what the step is beside its model.
+_TABLES: tuple[tuple[str, str, str, dict[str, str]], ...] = (
+    ("e2e_forward_a100", "mean_s", _A100, {"phase": "forward"}),
+    ("e2e_forward_backward_a100", "mean_s", _A100, {"phase": "forward-backward"}),
+    ("e2e_train_step_a100", "mean_s", _A100, {"phase": "step"}),
+    ("e2e_train_step_bf16_autocast_a100", "mean_s", _A100, {"phase": "step", "autocast": "bfloat16"}),
+    (_H100_TABLE, "eager_s", _H100, {"phase": "step"}),
+    (_H100_TABLE, "compile_s", _H100, {"phase": "step", "compile": "model"}),
+    (_H100_TABLE, "compile_tf32_s", _H100, {"phase": "step", "compile": "model", "float32_matmul": "high"}),
+)
+_MODEL = ("d_model", "d_ff", "num_layers", "num_heads", "context_length")
+
+
+@dataclasses.dataclass(frozen=True)
+class PublishedTable:
+    """One column of published times."""
+
+    gpu: str
+    """A key of `hardware.GPUS`."""
+    file: str
+    """In data/reference/, without its suffix."""
+    column: str
+    rows: tuple[TimedStep, ...]
+
+    @property
+    def chosen(self) -> StepConfig:
+        """A step of the table: all agree in everything but the model."""
+        return self.rows[0].chosen
+
+    @property
+    def title(self) -> str:
+        """`forward-backward`, or `step, autocast bfloat16`."""
+        chosen = self.chosen
+        compiled = {"none": None, "model": "compiled"}.get(chosen.compile, f"compiled {chosen.compile}")
+        autocast = None if chosen.autocast == "none" else f"autocast {chosen.autocast}"
+        tf32 = "TF32" if chosen.float32_matmul == "high" else None
+        return ", ".join(filter(None, (chosen.phase, autocast, compiled, tf32)))
+
+    def is_of(self, chosen: StepConfig, gpu: str) -> bool:
+        """Whether a step is of the same kind on the same GPU, whatever its model, context and batch."""
+        return self.gpu == gpu and kind_of(chosen) == kind_of(self.chosen)
+
+
+@dataclasses.dataclass(frozen=True)
+class TablePrediction:
+    """What three constants make of a published table."""
+
+    table: PublishedTable
+    constants: Constants
+    """Fitted to all rows: for a model that the table has not."""
+    left_out_s: tuple[float, ...]
+    """Every row by the constants of the other sizes."""
+    linear_s: tuple[float, ...]
+    """Every row by the linear fit to the other sizes."""
+
+    @property
+    def errors(self) -> tuple[float, ...]:
+        """Of every row, predicted by published minus one."""
+        return tuple(found / row.seconds - 1 for found, row in zip(self.left_out_s, self.table.rows, strict=True))
+
+    @property
+    def error(self) -> float:
+        """The mean of the absolute relative errors."""
+        return float(np.mean(np.abs(self.errors)))
+
+    @property
+    def linear_error(self) -> float:
+        measured = np.array([row.seconds for row in self.table.rows])
+        return float(np.mean(np.abs(np.array(self.linear_s) / measured - 1)))
+
+
+def published_tables(reference: Callable[[str], pd.DataFrame]) -> tuple[PublishedTable, ...]:
+    """Every published table of step times; `reference` reads a file by its name."""
+    return tuple(
+        PublishedTable(gpu, file, column, tuple(_rows(reference(file), column, kind)))
+        for file, column, gpu, kind in _TABLES
+    )
+
+
+def _rows(table: pd.DataFrame, column: str, kind: dict[str, str]) -> list[TimedStep]:
+    rows = []
+    for row in table.to_dict("records"):
+        model: dict[str, Any] = {name: int(row[name]) for name in _MODEL}
+        chosen = StepConfig(**model, **kind, device="cuda", batch_size=int(row.get("batch_size", _BATCH_SIZE)))
+        rows.append(TimedStep(chosen, float(row[column])))
+    return rows
+
+
+@functools.lru_cache(maxsize=32)
+def predict_table(table: PublishedTable) -> TablePrediction:
+    """Constants, and every row predicted without its size. Computed once per process."""
+    peaks = gpu_peaks(table.gpu)
+    return TablePrediction(
+        table,
+        calibrate(table.rows, peaks),
+        tuple(left_out(table.rows, peaks)),
+        tuple(linear_left_out(table.rows)),
+    )
+
+
+def kind_of(chosen: StepConfig) -> tuple[Any, ...]:
+    """All of a step but model, context and batch: what constants are shared by."""
+    sizes = {*_MODEL, "vocab_size", "rope_theta", "batch_size"}
+    fields = (field.name for field in dataclasses.fields(StepConfig) if field.name not in sizes)
+    return tuple(getattr(chosen, name) for name in fields)
+
+
+def linear_left_out(timed: Sequence[TimedStep]) -> list[float]:
+    """Seconds of every step by the linear fit to all sizes but its own."""
+    features = np.array([_features(each.chosen) for each in timed])
+    measured = np.array([each.seconds for each in timed])
+    models = [each.model for each in timed]
+    found = np.full(len(timed), np.nan)
+    for model in dict.fromkeys(models):
+        own = np.array([each == model for each in models])
+        weight = 1 / measured[~own]  # of relative errors
+        coefficients = np.linalg.lstsq(features[~own] * weight[:, None], np.ones(len(weight)), rcond=None)[0]
+        found[own] = features[own] @ coefficients
+    return [float(each) for each in found]
+
+
+def _features(chosen: StepConfig) -> tuple[float, float, float]:
+    """FLOPs, layers and L·T·D, in units that make them of one order."""
+    phase: Phase = chosen.phase  # type: ignore[assignment]
+    work = total(phase_work(chosen.config, phase, chosen.batch_size, chosen.context_length).values())
+    layers = chosen.num_layers
+    return work.flops / 1e12, float(layers), layers * chosen.context_length * chosen.d_model / 1e6
