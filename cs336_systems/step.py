@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, get_args
 
 import torch
@@ -140,9 +140,21 @@ class BuiltStep:
         return self.run()
 
 
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Meanwhile what is made without a precision has this one."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def build_step(chosen: StepConfig) -> BuiltStep:
     """Model, random batch and optimizer, and the step that uses them: all is made here, outside the timed region."""
-    with torch.device(chosen.device):
+    dtype = getattr(torch, chosen.dtype)
+    with torch.device(chosen.device), default_dtype(dtype):
         model = build_model(
             chosen.config,
             model=chosen.model,
@@ -150,8 +162,10 @@ def build_step(chosen: StepConfig) -> BuiltStep:
             attention=chosen.attention,
             formulation=chosen.formulation,  # type: ignore[arg-type]
         )
-        model = _placed(model, torch.device(chosen.device), getattr(torch, chosen.dtype))
         batch = torch.randint(chosen.vocab_size, (2, chosen.batch_size, chosen.context_length))
+    # Ours is made as it should be; on tensors without data a conversion would fail even where it changes nothing.
+    if any(each.device.type != chosen.device or each.dtype != dtype for each in model.parameters()):
+        model.to(device=chosen.device, dtype=dtype)
     tokens, targets = batch
     if chosen.model is not None:
         require_logits(chosen, model, tokens)
@@ -191,16 +205,6 @@ def build_step(chosen: StepConfig) -> BuiltStep:
 
     runs = {"inference": inference, "forward": forward, "forward-backward": forward_backward, "step": step}
     return BuiltStep(runs[chosen.phase], model, optimizer, batch)
-
-
-def _placed(model: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
-    """`model` on a device in a precision; untouched if it is there, since tensors without data cannot be converted."""
-    tensors = [*model.parameters(), *model.buffers()]
-    is_there = all(
-        tensor.device.type == device.type and (tensor.dtype == dtype or not tensor.is_floating_point())
-        for tensor in tensors
-    )
-    return model if is_there else model.to(device=device, dtype=dtype)
 
 
 def require_logits(chosen: StepConfig, model: torch.nn.Module, tokens: torch.Tensor) -> None:

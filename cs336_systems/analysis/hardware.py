@@ -34,6 +34,10 @@ class Peaks:
     cache_bytes: int
     memory_bytes: int
     source: str
+    usable_bytes: int = 0
+    """Of a GPU's memory what CUDA reports as total, less what a process has before its first tensor."""
+    cublas_workspace_bytes: int = 0
+    """What PyTorch allocates with each handle of the matrix library: one per thread that multiplies matrices."""
     lacks: str = ""
     """What to run for the ceilings that are not known but could be."""
 
@@ -46,6 +50,20 @@ class Peaks:
         if precision not in self.matmul_flops_per_s:
             raise unknown_name("precision", precision, self.matmul_flops_per_s, where=f"of {self.name}")
         return self.matmul_flops_per_s[precision]
+
+
+GIB, MIB = 2**30, 2**20
+_CONTEXT_BYTES = 600 * MIB
+"""About what the CUDA context, the loaded kernels and libraries take: in messages of PyTorch, a process' memory in use
+less what PyTorch has reserved is 0.4 to 0.65 GiB."""
+_WORKSPACE_BYTES = 2 * 4096 * 1024 + 8 * 16 * 1024
+"""cuBLAS' `:4096:2:16:8`; on an H100 or H200 eight of 4 MiB. Source: aten/src/ATen/cuda/CublasHandlePool.cpp."""
+_HOPPER_WORKSPACE_BYTES = 8 * 4096 * 1024
+
+
+def _usable(total_gib: float) -> int:
+    """Of the total capacity that PyTorch prints when memory runs out."""
+    return int(total_gib * GIB) - _CONTEXT_BYTES
 
 
 def _tensor_core_rates(float32: float, tf32: float, half: float, float8: float | None = None) -> Mapping[str, float]:
@@ -69,6 +87,8 @@ GPUS: Mapping[str, Peaks] = MappingProxyType(
                 40 * 2**20,
                 40 * GB,
                 "NVIDIA A100 datasheet (2020), SXM4 40 GB",
+                _usable(39.39),
+                _WORKSPACE_BYTES,
             ),
             Peaks(
                 "a100-80gb",
@@ -77,6 +97,8 @@ GPUS: Mapping[str, Peaks] = MappingProxyType(
                 40 * 2**20,
                 80 * GB,
                 "NVIDIA A100 datasheet (2021), SXM4 80 GB",
+                _usable(79.18),
+                _WORKSPACE_BYTES,
             ),
             Peaks(
                 "h100-sxm",
@@ -85,6 +107,8 @@ GPUS: Mapping[str, Peaks] = MappingProxyType(
                 50 * 2**20,
                 80 * GB,
                 "NVIDIA H100 datasheet (2023), SXM5; dense rates: NVIDIA H100 architecture whitepaper (2022)",
+                _usable(79.11),
+                _HOPPER_WORKSPACE_BYTES,
             ),
             Peaks(
                 "h100-pcie",
@@ -93,8 +117,19 @@ GPUS: Mapping[str, Peaks] = MappingProxyType(
                 50 * 2**20,
                 80 * GB,
                 "NVIDIA H100 PCIe product brief PB-11133 (2022) and H100 datasheet (2023), halved to dense",
+                _usable(79.11),
+                _HOPPER_WORKSPACE_BYTES,
             ),
-            Peaks("h200", _HOPPER_SXM, 4.8 * TB, 50 * 2**20, 141 * GB, "NVIDIA H200 datasheet (2024), SXM"),
+            Peaks(
+                "h200",
+                _HOPPER_SXM,
+                4.8 * TB,
+                50 * 2**20,
+                141 * GB,
+                "NVIDIA H200 datasheet (2024), SXM",
+                _usable(139.80),
+                _HOPPER_WORKSPACE_BYTES,
+            ),
             Peaks(
                 "b200",
                 _tensor_core_rates(float32=80, tf32=1100, half=2250, float8=4500),
@@ -102,6 +137,8 @@ GPUS: Mapping[str, Peaks] = MappingProxyType(
                 126 * 2**20,
                 180 * GB,
                 "NVIDIA Blackwell architecture technical brief (2024), HGX B200 at 1,000 W",
+                _usable(178.35),
+                _WORKSPACE_BYTES,
             ),
         )
     }

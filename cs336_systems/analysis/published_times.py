@@ -112,8 +112,8 @@ def published_tables(reference: Callable[[str], pd.DataFrame]) -> tuple[Publishe
 def _rows(table: pd.DataFrame, column: str, kind: dict[str, str]) -> list[TimedStep]:
     rows = []
     for row in table.to_dict("records"):
-        model: dict[str, Any] = {name: int(row[name]) for name in _MODEL}
-        chosen = StepConfig(**model, **kind, device="cuda", batch_size=int(row.get("batch_size", _BATCH_SIZE)))
+        fields: dict[str, Any] = {**kind, **{name: int(row[name]) for name in _MODEL}}
+        chosen = StepConfig(**fields, device="cuda", batch_size=int(row.get("batch_size", _BATCH_SIZE)))
         rows.append(TimedStep(chosen, float(row[column])))
     return rows
 

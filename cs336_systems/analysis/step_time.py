@@ -121,8 +121,8 @@ def calibrate(timed: Sequence[TimedStep], peaks: Peaks) -> Constants:
     sizes = len({each.model for each in timed})
     if len(timed) < len(dataclasses.fields(Constants)) or sizes < LEAST_SIZES:
         raise UserError(
-            f"three constants need at least three times, of {LEAST_SIZES} sizes; found {len(timed)} of {sizes}: measure "
-            "more sizes"
+            f"three constants need at least three times, of {LEAST_SIZES} sizes; found {len(timed)} of {sizes}: "
+            "measure more sizes"
         )
     steps = _Steps([each.chosen for each in timed], peaks)
     measured = np.array([each.seconds for each in timed])

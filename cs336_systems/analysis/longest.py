@@ -1,0 +1,173 @@
+"""The longest context, or the largest batch, whose step fits on a device.
+
+    found = longest_context(StepConfig(...), "h200")
+    found.value, found.plan.peak_allocated_bytes, found.next_fails_at
+
+Which operators run does not depend on how long a sequence is, and every tensor's size is a polynomial in it: of second
+degree at most, since scores have two lengths. So a step is followed at three lengths, every allocation's size at any
+other length is what the parabola through its three says, in whole numbers, and a search replays the allocator alone.
+The same holds of the batch, which no tensor has twice.
+
+That the operators are the same is checked at the three; a module that decides by the length is planned length by
+length instead (`footprint.plan_step`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, Literal
+
+from cs336_systems.analysis.allocations import Allocation, Event, record_step
+from cs336_systems.analysis.footprint import Footprint, first_failure, replay
+from cs336_systems.analysis.hardware import gpu_peaks
+from cs336_systems.errors import UserError, unknown_name
+from cs336_systems.step import StepConfig
+
+Axis = Literal["context", "batch"]
+FIELDS = {"context": "context_length", "batch": "batch_size"}
+# Unlike any dimension of the known sizes, so that no two of a tensor's dimensions agree by chance.
+_NODES = {"context": (48, 80, 112), "batch": (2, 3, 5)}
+MOST = 2**24
+"""No search goes further: a context beyond sixteen million tokens is a mistake."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Longest:
+    """What fits, and where the next does not."""
+
+    axis: Axis
+    value: int
+    plan: Footprint
+    next_fails_at: str
+
+
+class Growth:
+    """The allocations of a step at any length of one axis."""
+
+    def __init__(self, chosen: StepConfig, axis: Axis) -> None:
+        """Follow the step at three lengths.
+
+        Raises:
+            UserError: the operators differ between lengths; as `record_step`.
+        """
+        self.nodes = _NODES[axis]
+        recorded = [tuple(record_step(_with_length(chosen, axis, node)).events) for node in self.nodes]
+        if len({_structure(events) for events in recorded}) > 1:
+            raise UserError(
+                f"which operators run depends on the {axis} here, so that the longest cannot be searched for: plan "
+                "single ones"
+            )
+        self.events = recorded[0]
+        sizes = zip(*(_sizes(events) for events in recorded), strict=True)
+        self._sizes = dict(zip(_births(self.events), sizes, strict=True))
+
+    def at(self, length: int) -> tuple[Event, ...]:
+        """The events of a step at `length`."""
+        made: dict[int, Allocation] = {}
+        for event in self.events:
+            if event.is_birth and event.allocation is not None:
+                size = _through(self.nodes, self._sizes[id(event.allocation)], length)
+                made[id(event.allocation)] = dataclasses.replace(event.allocation, requested_bytes=size)
+        return tuple(
+            event if event.allocation is None else dataclasses.replace(event, allocation=made[id(event.allocation)])
+            for event in self.events
+        )
+
+
+def longest_context(chosen: StepConfig, gpu: str) -> Longest:
+    """The longest context of a step that fits on a GPU, to the token; the context of `chosen` is not looked at.
+
+    Raises:
+        UserError: an unknown GPU; not even one token fits; a choice that cannot be followed.
+    """
+    return _largest(chosen, "context", gpu)
+
+
+def largest_batch(chosen: StepConfig, gpu: str) -> Longest:
+    """The largest batch of a step that fits on a GPU; the batch of `chosen` is not looked at.
+
+    Raises:
+        UserError: as `longest_context`.
+    """
+    return _largest(chosen, "batch", gpu)
+
+
+@functools.lru_cache(maxsize=8)
+def _growth(chosen: StepConfig, axis: Axis) -> Growth:
+    return Growth(chosen, axis)
+
+
+def _largest(chosen: StepConfig, axis: Axis, gpu: str) -> Longest:
+    peaks = gpu_peaks(gpu)
+    if axis not in FIELDS:
+        raise unknown_name("axis", axis, FIELDS)
+    # Whatever was not to be looked at is made the same, so that it is not followed again.
+    growth = _growth(_with_length(dataclasses.replace(chosen, device="cpu"), axis, 1), axis)
+
+    def failure(length: int) -> str | None:
+        return first_failure(growth.at(length), peaks.usable_bytes, peaks.cublas_workspace_bytes)
+
+    if (fails_at := failure(1)) is not None:
+        raise UserError(
+            f"not even a {axis} of 1 fits on {gpu}, which can give {peaks.usable_bytes / 2**30:.1f} GiB: it ends in "
+            f"{fails_at or 'the parameters'}. Take a smaller size, a larger GPU or another phase"
+        )
+    fits, too_long = 1, 2
+    while (fails_at := failure(too_long)) is None:
+        fits, too_long = too_long, 2 * too_long
+        if fits >= MOST:
+            raise UserError(f"a {axis} of {fits} still fits on {gpu}: there is no longest to be found")
+    while too_long - fits > 1:
+        middle = (fits + too_long) // 2
+        found = failure(middle)
+        if found is None:
+            fits = middle
+        else:
+            too_long, fails_at = middle, found
+    return Longest(axis, fits, replay(growth.at(fits), gpu), fails_at)
+
+
+def _with_length(chosen: StepConfig, axis: Axis, length: int) -> StepConfig:
+    changed: dict[str, Any] = {FIELDS[axis]: length}
+    return dataclasses.replace(chosen, **changed)
+
+
+def _births(events: tuple[Event, ...]) -> list[int]:
+    return [id(event.allocation) for event in events if event.is_birth]
+
+
+def _sizes(events: tuple[Event, ...]) -> list[int]:
+    return [event.allocation.requested_bytes for event in events if event.is_birth and event.allocation is not None]
+
+
+def _structure(events: tuple[Event, ...]) -> tuple[tuple[int, bool, str, str], ...]:
+    """Births and deaths by the order of births, without sizes."""
+    order: dict[int, int] = {}
+    return tuple(
+        (
+            order.setdefault(id(event.allocation), len(order)),
+            event.is_birth,
+            event.mark,
+            event.allocation.operator if event.allocation is not None else "",
+        )
+        for event in events
+    )
+
+
+def _through(nodes: tuple[int, int, int], values: tuple[int, ...], length: int) -> int:
+    """The value at `length` of the parabola through three points, in whole numbers."""
+    total, common = 0, 1
+    for node in nodes:
+        for other in nodes:
+            common *= 1 if node == other else node - other
+    for node, value in zip(nodes, values, strict=True):
+        numerator, denominator = 1, 1
+        for other in nodes:
+            if other != node:
+                numerator *= length - other
+                denominator *= node - other
+        total += value * numerator * (common // denominator)
+    quotient, rest = divmod(total, common)
+    assert rest == 0, "a tensor's bytes are a whole number at every length"
+    return quotient
