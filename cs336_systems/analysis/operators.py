@@ -23,7 +23,8 @@ The order and the tensors are kept, for `fused` to say what a compiler need not 
 eager mode: how a library splits a product, how an L2 cache serves the next operator, is not known here.
 
 Source: Ivanov et al. 2021, "Data movement is all you need", section 3 (bytes per operator, and what fusion leaves);
-PyTorch's `TorchDispatchMode`, `FakeTensorMode` and notes on autograd mechanics.
+PyTorch's `TorchDispatchMode`, `FakeTensorMode` and notes on autograd mechanics; what autograd does in place:
+torch/csrc/autograd/FunctionsManual.cpp.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ import contextlib
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -47,8 +48,11 @@ from cs336_systems.profiling.ranges import record_ranges
 _ALLOCATE = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "scalar_tensor"})
 _LOOK_UP = frozenset({"index", "embedding", "gather", "index_select"})
 """Read of their table what they return."""
-_WRITE_A_PART = frozenset({"scatter", "scatter_add", "index_put", "slice_backward", "select_backward", "index_add"})
-"""Fill, or copy from their first input, an output of which they then write the part that another input has."""
+_FILL_FIRST = frozenset({"slice_backward", "select_backward"})
+"""Fill their output with zeros, and copy their input into a part of it."""
+_SCATTER = frozenset({"scatter", "scatter_add", "index_put", "index_add", "index_copy"})
+"""Copy their first input, and write into a part of the copy; in backward autograd has them write into the first input
+itself, unless it is a subclass of Tensor as fake ones are."""
 _ONLY_WRITE = frozenset({"fill_", "zero_", "copy_", "uniform_", "normal_"})
 """Change their first input without reading it."""
 
@@ -115,21 +119,11 @@ class Trace:
         return Counter(call.operator for call in self.calls)
 
 
-@contextlib.contextmanager
-def fake_tensors(dtype: torch.dtype = torch.float32) -> Iterator[None]:
-    """Meanwhile tensors that are made have shapes and no data, in `dtype` unless they say otherwise.
-
-    A module must be made in its precision here: PyTorch cannot convert the parameters of one that has no data.
-    """
+def fake_tensors() -> contextlib.AbstractContextManager[object]:
+    """Meanwhile tensors that are made have shapes and no data."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with FakeTensorMode():
-            yield
-    finally:
-        torch.set_default_dtype(before)
+    return FakeTensorMode()
 
 
 def trace(step: Callable[[], object]) -> Trace:
@@ -190,22 +184,13 @@ class _Recorder(TorchDispatchMode):
             view = Operator(VIEW, launches=0, host_steps=host_steps)
             self.calls.append(Call(view, tuple(self._ranges), (), ()))
             return
-        read_bytes, written_bytes = sum(piece.bytes for piece in reads), sum(piece.bytes for piece in writes)
-        launches = 1
-        if name in _ONLY_WRITE:
-            reads = [piece for piece in reads if piece not in writes]
-            read_bytes = sum(piece.bytes for piece in reads)
-        elif name in _LOOK_UP:
-            table, *indices = (piece.bytes for piece in reads)
-            read_bytes = min(table, written_bytes) + sum(indices)
-        elif name in _WRITE_A_PART:
-            written_bytes += max((piece.bytes for piece in reads[-1:]), default=0)
-            launches = 2
+        reads, writes, launches = _traffic(name, reads, writes)
         flops, precision = 0, ""
         if function._overloadpacket in flop_registry:
             flops = flop_registry[function._overloadpacket](*arguments, **options, out_val=result)
             precision = str(inputs[0].dtype).removeprefix("torch.")
-        operator = Operator(name, flops, read_bytes, written_bytes, precision, launches, host_steps)
+        moved = (sum(piece.bytes for piece in pieces) for pieces in (reads, writes))
+        operator = Operator(name, flops, *moved, precision, launches, host_steps)
         self.calls.append(Call(operator, tuple(self._ranges), tuple(reads), tuple(writes)))
 
     def _pieces(self, tensors: Iterable[Tensor]) -> list[Piece]:
@@ -219,6 +204,26 @@ class _Recorder(TorchDispatchMode):
         # Along a stride of zero every element is the same one.
         elements = math.prod(size for size, stride in zip(shape, strides, strict=True) if stride)
         return Piece(number, (tensor.storage_offset(), shape, strides), elements * tensor.itemsize)
+
+
+def _traffic(name: str, reads: list[Piece], writes: list[Piece]) -> tuple[list[Piece], list[Piece], int]:
+    """What an operator reads and writes of the tensors that go in and come out, and in how many launches."""
+    if name in _ONLY_WRITE:
+        return [piece for piece in reads if piece not in writes], writes, 1
+    if name in _LOOK_UP:
+        table, *indices = reads
+        found = sum(piece.bytes for piece in writes)
+        return [dataclasses.replace(table, bytes=min(table.bytes, found)), *indices], writes, 1
+    if name in _FILL_FIRST:
+        copied = sum(piece.bytes for piece in reads)
+        return reads, [dataclasses.replace(piece, bytes=piece.bytes + copied) for piece in writes], 2
+    if name in _SCATTER:
+        # Into the part go as many bytes as the last input has.
+        part = reads[-1].bytes
+        if torch._C._current_graph_task_id() != -1:  # in backward
+            return reads[1:], [dataclasses.replace(piece, bytes=part) for piece in writes], 1
+        return reads, [dataclasses.replace(piece, bytes=piece.bytes + part) for piece in writes], 2
+    return reads, writes, 1
 
 
 def _changed(function: Any, arguments: Sequence[Any], options: dict[str, Any]) -> list[Tensor]:

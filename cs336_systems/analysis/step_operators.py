@@ -144,7 +144,7 @@ def _trace(chosen: StepConfig) -> Trace:
     """One step on fake tensors of a CPU, under the rules of its device."""
     rules = cuda_rules() if chosen.device == "cuda" else contextlib.nullcontext()
     on_cpu = dataclasses.replace(chosen, device="cpu")
-    with rules, fake_tensors(getattr(torch, chosen.dtype)):
+    with rules, fake_tensors():
         step = build_step(on_cpu)
         if chosen.phase == "step":  # the state, which the first step alone makes
             for parameter in step.model.parameters():
