@@ -189,8 +189,8 @@ class _Recorder(TorchDispatchMode):
         if function._overloadpacket in flop_registry:
             flops = flop_registry[function._overloadpacket](*arguments, **options, out_val=result)
             precision = str(inputs[0].dtype).removeprefix("torch.")
-        moved = (sum(piece.bytes for piece in pieces) for pieces in (reads, writes))
-        operator = Operator(name, flops, *moved, precision, launches, host_steps)
+        read_bytes, written_bytes = (sum(piece.bytes for piece in pieces) for pieces in (reads, writes))
+        operator = Operator(name, flops, read_bytes, written_bytes, precision, launches, host_steps)
         self.calls.append(Call(operator, tuple(self._ranges), tuple(reads), tuple(writes)))
 
     def _pieces(self, tensors: Iterable[Tensor]) -> list[Piece]:
