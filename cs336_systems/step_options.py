@@ -24,14 +24,15 @@ _DIMENSIONS = ("d_model", "d_ff", "num_layers", "num_heads", "vocab_size", "rope
 _SHORT = {"context_length": "context", "batch_size": "batch"}
 
 
-def add_step_options(
-    parser: argparse.ArgumentParser, *, several_contexts: bool = False, steps: int = 10
-) -> argparse._ArgumentGroup:
-    """Add the options of a step, and return the group of those on timing, for a script to add its own.
+# Short names that people know, for those of PyTorch.
+_AUTOCAST_NAMES = {"bf16": "bfloat16", "fp16": "float16"}
+
+
+def add_model_options(parser: argparse.ArgumentParser, *, several_contexts: bool = False) -> None:
+    """Add the options that say which model sees how many tokens.
 
     Args:
         several_contexts: --context takes one or more; `arguments.context` is then a list.
-        steps: the default of --steps.
     """
     # Names are checked by the case itself, whose messages also suggest the nearest.
     model = parser.add_argument_group("model")
@@ -57,13 +58,35 @@ def add_step_options(
     )
     model.add_argument("--rope", default="2025", help="form of the rotary embedding: 2025 or 2026 (default: 2025)")
     model.add_argument("--model", help="somebody else's model as module:Class, with the course's constructor")
+
+
+def add_precision_options(step: argparse._ArgumentGroup) -> None:
+    """Add the options of a step that decide on its arithmetic."""
+    step.add_argument("--optimizer", default="reference", help="AdamW: reference or fused (default: reference)")
+    step.add_argument("--dtype", default="float32", help=f"of parameters: {', '.join(DTYPES)} (default: float32)")
+    step.add_argument(
+        "--autocast",
+        default="none",
+        type=lambda name: _AUTOCAST_NAMES.get(name, name),
+        help=f"mixed precision: {', '.join(AUTOCAST)}, or {' and '.join(_AUTOCAST_NAMES)} for short (default: none)",
+    )
+
+
+def add_step_options(
+    parser: argparse.ArgumentParser, *, several_contexts: bool = False, steps: int = 10
+) -> argparse._ArgumentGroup:
+    """Add the options of a step that is run, and return the group of those on timing, for a script to add its own.
+
+    Args:
+        several_contexts: as `add_model_options`.
+        steps: the default of --steps.
+    """
+    add_model_options(parser, several_contexts=several_contexts)
     step = parser.add_argument_group("step")
     step.add_argument(
         "--phase", nargs="+", default=["step"], help=f"one or more of {', '.join(PHASES)} (default: step)"
     )
-    step.add_argument("--optimizer", default="reference", help="AdamW: reference or fused (default: reference)")
-    step.add_argument("--dtype", default="float32", help=f"of parameters: {', '.join(DTYPES)} (default: float32)")
-    step.add_argument("--autocast", default="none", help=f"mixed precision: {', '.join(AUTOCAST)} (default: none)")
+    add_precision_options(step)
     step.add_argument(
         "--float32-matmul",
         default="highest",

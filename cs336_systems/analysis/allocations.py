@@ -42,7 +42,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cs336_systems.analysis.cuda_autocast import cuda_rules
-from cs336_systems.errors import UserError
+from cs336_systems.errors import UserError, first_line
 from cs336_systems.object_reference import is_object_reference
 from cs336_systems.profiling.ranges import record_ranges
 from cs336_systems.step import BuiltStep, StepConfig, build_step
@@ -142,7 +142,7 @@ def record_step(chosen: StepConfig, device: Device = "cuda", steps: int = 2) -> 
             model that asks for the values of tensors.
     """
     require_followed(chosen)
-    with recording(device) as recorded:
+    with recording(device) as recorded, somebody_elses(chosen):
         step = build_step(dataclasses.replace(chosen, device="cpu"))
         recorded.begin(held_by(step))
         for index in range(steps):
@@ -154,6 +154,26 @@ def record_step(chosen: StepConfig, device: Device = "cuda", steps: int = 2) -> 
             recorded.name(held_by(step))
         recorded.mark("end")
     return recorded
+
+
+@contextlib.contextmanager
+def somebody_elses(chosen: StepConfig) -> Iterator[None]:
+    """What goes wrong in somebody else's code is told as theirs.
+
+    Raises:
+        UserError: whatever their model, or their attention, raised on fake tensors.
+    """
+    try:
+        yield
+    except (UserError, DataDependentOutputException, DynamicOutputShapeException):
+        raise
+    except Exception as error:
+        if "overflow" in str(error).lower():
+            raise UserError(f"{chosen}: a tensor has more bytes than can be counted; take a shorter context") from error
+        names = " with ".join(chosen.object_references)
+        if not names:
+            raise
+        raise UserError(f"{names} cannot be followed on tensors without data: {first_line(error)}") from error
 
 
 def require_followed(chosen: StepConfig) -> None:

@@ -90,9 +90,20 @@ def plan_step(chosen: StepConfig, gpu: str) -> Footprint:
     Raises:
         UserError: an unknown GPU; a choice that cannot be followed (see `allocations.record_step`).
     """
+    return replay(events_of(chosen, gpu), gpu)
+
+
+def events_of(chosen: StepConfig, gpu: str) -> tuple[Event, ...]:
+    """The allocations of two steps on a GPU by its key, or on "cpu".
+
+    Raises:
+        UserError: as `plan_step`.
+    """
     if gpu != CPU:
         gpu_peaks(gpu)
-    return replay(_events_of(dataclasses.replace(chosen, device="cpu"), gpu == CPU), gpu)
+    # Of a case that says more only the step counts, so that what differs in the rest alone is not followed again.
+    fields = {field.name: getattr(chosen, field.name) for field in dataclasses.fields(StepConfig)}
+    return _events_of(StepConfig(**fields | {"device": "cpu"}), gpu == CPU)
 
 
 @functools.lru_cache(maxsize=32)
@@ -113,7 +124,9 @@ def replay(events: Iterable[Event], gpu: str) -> Footprint:
         return _measured(events, gpu, _Exact(), 0, None, None, "")
     usable, workspace = gpu_peaks(gpu).usable_bytes, gpu_peaks(gpu).cublas_workspace_bytes
     fails_at = first_failure(events, usable, workspace)
-    return _measured(events, gpu, CachingAllocator(), workspace, usable, fails_at is None, fails_at or "")
+    # Where memory is short, segments that are free are given back, and less is reserved than on a device without end.
+    allocator = CachingAllocator(usable if fails_at is None else None)
+    return _measured(events, gpu, allocator, workspace, usable, fails_at is None, fails_at or "")
 
 
 class _Exact(CachingAllocator):
@@ -130,7 +143,7 @@ class _Exact(CachingAllocator):
 
 
 def first_failure(events: Iterable[Event], limit_bytes: int, workspace_bytes: int) -> str | None:
-    """The place of the first allocation that a device cannot give, or None."""
+    """The place of the first allocation that a device cannot give, as a sentence names it; None where all fits."""
     allocator = CachingAllocator(limit_bytes)
     blocks: dict[int, Block | None] = {}
     for event in events:

@@ -18,11 +18,14 @@ import dataclasses
 import functools
 from typing import Any, Literal
 
+import torch
+
 from cs336_systems.analysis.allocations import Allocation, Event, record_step
+from cs336_systems.analysis.flops import resident_bytes
 from cs336_systems.analysis.footprint import Footprint, first_failure, replay
 from cs336_systems.analysis.hardware import gpu_peaks
 from cs336_systems.errors import UserError, unknown_name
-from cs336_systems.step import StepConfig
+from cs336_systems.step import PHASES, StepConfig
 
 Axis = Literal["context", "batch"]
 FIELDS = {"context": "context_length", "batch": "batch_size"}
@@ -40,6 +43,10 @@ class Longest:
     value: int
     plan: Footprint
     next_fails_at: str
+
+    def step_of(self, chosen: StepConfig) -> StepConfig:
+        """`chosen` with what was found."""
+        return _with_length(chosen, self.axis, self.value)
 
 
 class Growth:
@@ -102,6 +109,8 @@ def _largest(chosen: StepConfig, axis: Axis, gpu: str) -> Longest:
     peaks = gpu_peaks(gpu)
     if axis not in FIELDS:
         raise unknown_name("axis", axis, FIELDS)
+    if chosen.model is None and _held(chosen) > peaks.usable_bytes:
+        raise _nothing_fits(axis, gpu, "the parameters and what comes with each")
     # Whatever was not to be looked at is made the same, so that it is not followed again.
     growth = _growth(_with_length(dataclasses.replace(chosen, device="cpu"), axis, 1), axis)
 
@@ -109,10 +118,7 @@ def _largest(chosen: StepConfig, axis: Axis, gpu: str) -> Longest:
         return first_failure(growth.at(length), peaks.usable_bytes, peaks.cublas_workspace_bytes)
 
     if (fails_at := failure(1)) is not None:
-        raise UserError(
-            f"not even a {axis} of 1 fits on {gpu}, which can give {peaks.usable_bytes / 2**30:.1f} GiB: it ends in "
-            f"{fails_at or 'the parameters'}. Take a smaller size, a larger GPU or another phase"
-        )
+        raise _nothing_fits(axis, gpu, fails_at or "the parameters")
     fits, too_long = 1, 2
     while (fails_at := failure(too_long)) is None:
         fits, too_long = too_long, 2 * too_long
@@ -126,6 +132,19 @@ def _largest(chosen: StepConfig, axis: Axis, gpu: str) -> Longest:
         else:
             too_long, fails_at = middle, found
     return Longest(axis, fits, replay(growth.at(fits), gpu), fails_at)
+
+
+def _held(chosen: StepConfig) -> int:
+    """What our model holds whatever the length, without following it."""
+    phase = next(phase for phase in PHASES if phase == chosen.phase)
+    return resident_bytes(chosen.config, phase, itemsize=getattr(torch, chosen.dtype).itemsize)
+
+
+def _nothing_fits(axis: Axis, gpu: str, ends_in: str) -> UserError:
+    return UserError(
+        f"not even a {axis} of 1 fits on {gpu}, which can give {gpu_peaks(gpu).usable_bytes / 2**30:.1f} GiB: memory "
+        f"ends in {ends_in}. Take a smaller size, a larger GPU or another phase"
+    )
 
 
 def _with_length(chosen: StepConfig, axis: Axis, length: int) -> StepConfig:

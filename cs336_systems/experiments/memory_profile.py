@@ -34,7 +34,7 @@ from cs336_systems.bench.timing import float32_matmul_precision
 from cs336_systems.compilation import blocks_of
 from cs336_systems.errors import UserError
 from cs336_systems.experiments import transformer_step
-from cs336_systems.experiments.transformer_step import Case, item_sizes, require_memory
+from cs336_systems.experiments.transformer_step import Case, item_sizes, plan_of, require_memory
 from cs336_systems.model import SIZES
 from cs336_systems.profiling.backward_ranges import record_backward_ranges
 from cs336_systems.profiling.live_memory import Group
@@ -102,13 +102,13 @@ def measure(case: Case, on_part: OnPart) -> Measurement:
     Values: `peak_bytes`, on a GPU also `peak_reserved_bytes` and the allocator's own `allocator_peak_bytes`;
     `before_bytes`, live before the step; when the peak is, in which ranges and at which line; of what is live then
     `by_size`, `by_place` and `largest`; `outline` of the timeline; `residual_count`, how many allocations of the size
-    of a residual activation are live at the peak. Of a backward `gradient_bytes` and `block_gradient_bytes`. Of a
-    forward alone `saved`, what one block saves for its backward.
+    of a residual activation are live at the peak; `planned_peak_bytes` and `planned_place`. Of a backward
+    `gradient_bytes` and `block_gradient_bytes`. Of a forward alone `saved`, what one block saves for its backward.
 
     Raises:
-        OutOfMemory: weights, gradients and optimizer state alone exceed what is available.
+        OutOfMemory: the step is planned to hold more than is available.
     """
-    require_memory(case)
+    plan = require_memory(case)
     torch.manual_seed(case.seed)
     with float32_matmul_precision(case.float32_matmul), tempfile.TemporaryDirectory() as folder:
         step = build_step(case)
@@ -117,6 +117,8 @@ def measure(case: Case, on_part: OnPart) -> Measurement:
         values = values_of(case, recorded)
         if case.device == "cuda":
             values["allocator_peak_bytes"] = torch.cuda.max_memory_allocated()
+        if plan is not None:
+            values |= {"planned_peak_bytes": plan.snapshot_peak_bytes, "planned_place": plan.place}
         if case.phase == "forward":
             values["saved"] = saved_values(case, step.model)
         elif case.has_backward:
@@ -234,9 +236,17 @@ def named_items(items: Sequence[Mapping[str, Any]], known: Mapping[str, int]) ->
 
 
 def predict(cases: Sequence[Case], peaks: Peaks) -> pd.DataFrame:
-    """One row per case: what it must hold, from the architecture alone."""
+    """One row per case: what it must hold by arithmetic, and what it is planned to hold at most, with the place."""
     return pd.DataFrame(
-        {"size": case.size, **dataclasses.asdict(case), "ceilings": peaks.name, **accounted(case)} for case in cases
+        {
+            "size": case.size,
+            **dataclasses.asdict(case),
+            "ceilings": peaks.name,
+            **accounted(case),
+            "planned_bytes": math.nan if (plan := plan_of(case, peaks.name)) is None else plan.snapshot_peak_bytes,
+            "planned_place": "" if plan is None else plan.place,
+        }
+        for case in cases
     )
 
 
@@ -344,6 +354,7 @@ def summarise(
                 "noise": "",  # a busy machine changes no byte
                 **{name: values.get(name, math.nan) for name in NUMBERS},
                 "reserved_bytes": values.get("peak_reserved_bytes", math.nan),
+                "planned_bytes": values.get("planned_peak_bytes", math.nan),
                 "unit": values.get("unit", ""),
                 "peak_phase": next(iter(values.get("peak_phases", [])), ""),
                 "outline": Outline.from_json(values["outline"]) if record.status == "ok" else None,

@@ -114,7 +114,7 @@ def measure(case: Case, on_part: OnPart) -> Measurement:
     Samples: `stopwatch_ms`, `profiled_ms`. Values: `unit` and `ranges`, as `ranges_as_values` has them.
 
     Raises:
-        OutOfMemory: weights, gradients and optimizer state alone exceed what is available.
+        OutOfMemory: the step is planned to hold more than is available.
     """
     require_memory(case)
     torch.manual_seed(case.seed)

@@ -20,7 +20,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from cs336_systems.analysis import flops
-from cs336_systems.analysis.hardware import Peaks, product_precision
+from cs336_systems.analysis.footprint import CPU, Footprint, plan_step
+from cs336_systems.analysis.hardware import Peaks, identify_gpu, product_precision
 from cs336_systems.analysis.published import PublishedSteps
 from cs336_systems.analysis.roofline import bound, step_bound
 from cs336_systems.bench import grid as grids
@@ -121,12 +122,13 @@ def grid(
 def measure(case: Case, on_part: OnPart) -> Measurement:
     """Time the steps of one case, and the peak of memory over set-up and steps.
 
-    Samples: `step_ms`, `warmup_ms`, and on a GPU `device_ms` by CUDA events. Values: `PeakMemory`'s.
+    Samples: `step_ms`, `warmup_ms`, and on a GPU `device_ms` by CUDA events. Values: `PeakMemory`'s, and what was
+    planned: `planned_allocated_bytes`, on a GPU `planned_reserved_bytes`.
 
     Raises:
-        OutOfMemory: weights, gradients and optimizer state alone exceed what is available.
+        OutOfMemory: the step is planned to hold more than is available.
     """
-    require_memory(case)
+    plan = require_memory(case)
     torch.manual_seed(case.seed)
     done = 0
 
@@ -141,7 +143,8 @@ def measure(case: Case, on_part: OnPart) -> Measurement:
         timing = time_steps(step, warmup=case.warmup, steps=case.steps, device=case.device, on_step=count_step)
     samples = {"step_ms": timing.samples_ms, "warmup_ms": timing.warmup_ms, "device_ms": timing.device_ms}
     return Measurement(
-        samples={name: list(values) for name, values in samples.items() if values}, values=memory.values | counted
+        samples={name: list(values) for name, values in samples.items() if values},
+        values=memory.values | counted | planned_values(plan),
     )
 
 
@@ -160,11 +163,34 @@ _HELD = {
 }
 
 
-def require_memory(case: Case) -> None:
-    """Refuse what cannot fit, in a moment instead of after minutes of initialisation.
+def plan_of(case: StepConfig, gpu: str | None = None) -> Footprint | None:
+    """The memory that a step is planned to take; None where no plan can be made.
+
+    `gpu`: whose plan, for a case of a GPU, by its key; by default this machine's.
+    """
+    if case.device == "cpu":
+        device: str | None = CPU
+    else:
+        device = gpu or identify_gpu(torch.cuda.get_device_name())
+    try:
+        return None if device is None else plan_step(case, device)
+    except UserError:  # measuring itself says what is wrong, if anything is
+        return None
+
+
+def planned_values(plan: Footprint | None) -> dict[str, int]:
+    """Of a plan what a record keeps, to stand beside what was measured."""
+    if plan is None:
+        return {}
+    values = {"planned_allocated_bytes": plan.peak_allocated_bytes}
+    return values | ({} if plan.device == CPU else {"planned_reserved_bytes": plan.peak_reserved_bytes})
+
+
+def require_memory(case: Case) -> Footprint | None:
+    """Refuse what cannot fit before it is built, and return the plan of what can; None where there is no plan.
 
     Raises:
-        OutOfMemory: what the phase must hold at once is more than the device has left.
+        OutOfMemory: the step, or already what it must hold at once, takes more than the device has left.
     """
     phase = checked_phase(case)
     needed = flops.resident_bytes(case.config, phase, itemsize=getattr(torch, case.dtype).itemsize)
@@ -174,6 +200,14 @@ def require_memory(case: Case) -> None:
             f"{_HELD[phase]} need at least {bytes_in_words(needed)}, and {bytes_in_words(available)} are available: "
             "take a smaller size"
         )
+    plan = plan_of(case)
+    if plan is not None and plan.peak_allocated_bytes > available:
+        raise OutOfMemory(
+            f"the step is planned to hold {bytes_in_words(plan.peak_allocated_bytes)} at once "
+            f"({plan.peak_allocated_bytes:,} bytes, the most in {plan.place}), and {bytes_in_words(available)} are "
+            "available: take a shorter context or a smaller batch"
+        )
+    return plan
 
 
 # Predicting ----------------------------------------------------------------------------------------------------
@@ -260,6 +294,7 @@ def predict(cases: Sequence[Case], peaks: Peaks) -> pd.DataFrame:
                 "bound_ms": floor_ms,
                 "bound_by": limited_by,
                 "ceilings": peaks.name,
+                "planned_bytes": math.nan if (plan := plan_of(case, peaks.name)) is None else plan.peak_allocated_bytes,
             }
         )
     return pd.DataFrame(rows)
@@ -300,6 +335,7 @@ def summarise(
             "bound_lacks": peaks.lacks if math.isnan(floor_ms) else "",
             "flops": counted or flops.total(work.values()).flops,
             "peak_bytes": describe_memory(record.measurement.values),
+            "planned_bytes": record.measurement.values.get("planned_allocated_bytes", math.nan),
             **published_beside(published, case),
         }
         rows.append(row | {"times_bound": row["median_ms"] / floor_ms})

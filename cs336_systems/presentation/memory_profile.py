@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from cs336_systems.analysis import activations
 from cs336_systems.analysis.published import A100
 from cs336_systems.bench import remarks
 from cs336_systems.bench.remarks import marks, staleness
@@ -52,13 +53,15 @@ def prediction(predicted: pd.DataFrame) -> Table:
         Column("saved for backward by one block (MiB)", lambda row: mebibytes(row.saved_accounted_bytes)),
         Column("blocks", lambda row: str(row.num_layers)),
         Column("least peak (MiB)", lambda row: mebibytes(row.accounted_bytes)),
+        Column("planned peak (MiB)", lambda row: mebibytes(row.planned_bytes)),
+        Column("planned within", lambda row: row.planned_place or MISSING, "left"),
         Column("one residual activation (MiB)", lambda row: mebibytes(row.residual_bytes)),
         Column("one matrix of scores (MiB)", lambda row: mebibytes(row.score_matrix_bytes)),
     ]
     notes = [
         "The least peak is what is there at one of two moments: when forward ends, weights, moments, logits and what "
-        "is saved for backward; when backward ends, weights, moments and gradients. Temporary tensors come on top. "
-        f"{UNITS}."
+        "is saved for backward; when backward ends, weights, moments and gradients. The planned peak has temporary "
+        f"tensors too: the step is followed on tensors without data. {UNITS}."
     ]
     return Table.of(predicted, columns, caption="What a step must hold in memory, predicted", notes=notes)
 
@@ -68,6 +71,8 @@ def table(summary: pd.DataFrame) -> Table:
     columns = [
         *identity(summary),
         Column("peak (GiB)", lambda row: gibibytes(row, row.peak_bytes)),
+        Column("planned (GiB)", lambda row: number(row.planned_bytes / GIB, 4)),
+        Column("peak − planned (B)", lambda row: signed(row.peak_bytes - row.planned_bytes)),
         Column("before the step (GiB)", lambda row: number(row.before_bytes / GIB, 4)),
         Column("least peak (GiB)", lambda row: number(row.accounted_bytes / GIB, 4)),
         Column("peak / least", lambda row: number(row.peak_bytes / row.accounted_bytes, 3)),
@@ -92,6 +97,11 @@ def elsewhere(summary: pd.DataFrame) -> Table | Finding:
 
 def gibibytes(row: Any, count: float) -> str:
     return str(row.status) if row.status != "ok" else number(count / GIB, 4) + marks(row)
+
+
+def signed(count: float) -> str:
+    """A difference in bytes."""
+    return MISSING if count != count else f"{count:+,.0f}"
 
 
 def published_text(row: Any) -> str:
@@ -248,6 +258,7 @@ def findings(summary: pd.DataFrame) -> Findings:
     return Findings(
         [
             *Finding.from_all(plain, "When the peaks are reached", moments),
+            *Finding.from_all(summary, "How far the plan is from what was recorded", planned),
             *Finding.from_all(plain, "How peaks grow with the context", growth),
             *Finding.from_all(summary, "What mixed precision does to the peaks", mixed_precision),
             *Finding.from_all(plain, "The size of a residual activation", residual),
@@ -273,6 +284,24 @@ def moments(rows: pd.DataFrame) -> Finding | None:
         bool(of_step >= saved and step["peak_phase"] in ("forward", "loss", "backward")),
         so=": what forward saves goes as backward uses it, while gradients come.",
         but=": what forward saves is not what makes this peak.",
+    )
+
+
+def planned(rows: pd.DataFrame) -> Finding | None:
+    """How exact the plan is: in float32 everything is known but what no dispatched operator shows."""
+    measured = rows[rows["status"] == "ok"].dropna(subset=["planned_bytes"])
+    if not len(measured):
+        return None
+    off = measured["peak_bytes"] - measured["planned_bytes"]
+    worst = measured.loc[(off / measured["peak_bytes"]).abs().idxmax()]
+    exact = int((off.abs() <= activations.SCALE_BYTES * measured["num_layers"]).sum())
+    return Finding.checked(
+        f"(b) Of {plural(len(measured), 'peak')}, each planned before it was recorded, {exact} are met to the byte but "
+        f"for {activations.SCALE_BYTES} B a block, the √d that autograd keeps. The plan of {_name(worst)} is furthest "
+        f"off, by {signed(off[worst.name])} B, {percent(abs(off[worst.name]) / worst['peak_bytes'])} of its peak",
+        bool((off >= 0).all()),
+        so=". What is more than planned, kernels allocate inside themselves.",
+        but=". Some plans are of more than was recorded.",
     )
 
 

@@ -67,6 +67,7 @@ def prediction(predicted: pd.DataFrame) -> Table:
         Column("compulsory bytes", lambda row: bytes_in_words(row.bytes)),
         Column("floor (ms)", lambda row: number(row.bound_ms)),
         Column("set by", lambda row: row.bound_by or MISSING, "left"),
+        Column("planned peak (MiB)", lambda row: number(row.planned_bytes / 2**20)),
     ]
     ceilings = predicted["ceilings"].iloc[0] if len(predicted) else "no machine"
     notes = [
@@ -84,7 +85,7 @@ def elsewhere(summary: pd.DataFrame) -> Table | Finding:
         Column("machine", lambda row: row.machine, "left"),
         *identity(summary),
         *_times(),
-        _memory(summary),
+        *_memory(summary),
         *_published(),
     ]
     first = summary.iloc[0]
@@ -108,11 +109,14 @@ def _published() -> list[Column]:
     ]
 
 
-def _memory(rows: pd.DataFrame) -> Column:
+def _memory(rows: pd.DataFrame) -> list[Column]:
     """A GPU's allocator counts tensors; a CPU's resident set also what libraries and the C allocator keep."""
     kinds = set(rows["device"]) if len(rows) else set()
     heading = {frozenset({"cuda"}): "peak allocated", frozenset({"cpu"}): "resident growth"}.get(frozenset(kinds))
-    return Column(f"{heading or 'peak memory'} (MiB)", lambda row: number(row.peak_bytes and row.peak_bytes / 2**20))
+    return [
+        Column(f"{heading or 'peak memory'} (MiB)", lambda row: number(row.peak_bytes and row.peak_bytes / 2**20)),
+        Column("planned (MiB)", lambda row: number(row.planned_bytes / 2**20)),
+    ]
 
 
 def _choice(row: Any, name: str) -> str:
@@ -138,7 +142,7 @@ def table(summary: pd.DataFrame) -> Table:
     """Every case: measured, its floor, how far above it, peak memory, and the published times."""
     limits = [limit for limit in summary["bound_by"].unique() if limit] if len(summary) else []
     limit = [Column("set by", lambda row: row.bound_by or MISSING, "left")] if len(limits) > 1 else []
-    columns = [*identity(summary), *_times(), *limit, _memory(summary), *_published()]
+    columns = [*identity(summary), *_times(), *limit, *_memory(summary), *_published()]
     limited = [f"Every floor is set by {limits[0]}."] if len(limits) == 1 else []
     return Table.of(summary, columns, caption=caption(summary), notes=limited + notes_below(summary))
 

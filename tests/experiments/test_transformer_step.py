@@ -10,6 +10,7 @@ import pytest
 import torch
 from step_records import record_of
 
+from cs336_systems.analysis.footprint import plan_step
 from cs336_systems.analysis.hardware import Peaks, gpu_peaks
 from cs336_systems.bench import sweep
 from cs336_systems.bench.records import Measurement, Store
@@ -187,6 +188,7 @@ def test_the_prediction_needs_no_device_and_counts_what_the_summary_counts(store
     assert predicted.flops == summary.flops
     assert predicted.bound_ms == summary.bound_ms
     assert predicted.parameters == 128_625_408
+    assert predicted.planned_bytes == plan_step(case, "h200").peak_allocated_bytes
 
 
 def test_published_records_of_another_machine_get_that_machines_floor(store: Store) -> None:

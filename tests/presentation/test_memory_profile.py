@@ -189,7 +189,7 @@ def test_half_the_peak_under_mixed_precision_is_told_otherwise_than_more(store: 
 def test_with_a_hole_in_the_grid_no_answer_is_given_for_the_whole(store: Store) -> None:
     first, *others = usual()
     text = said(summary(store, missing(first), *others))
-    assert text.count("cannot be told") == 6
+    assert text.count("cannot be told") == 7
     assert TO_RUN in text
     assert "(f) Backward of one block" in text  # of steps, which are all there
 

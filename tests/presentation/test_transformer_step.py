@@ -52,6 +52,7 @@ def row(**changes: Any) -> dict[str, Any]:
         "bound_lacks": "",
         "times_bound": 2.0,
         "peak_bytes": 2**30,
+        "planned_bytes": 2**29,
         "noise": "",
         "stale": "",
         "a100_ms": 40.4,
@@ -234,7 +235,13 @@ def test_a_single_measured_step_is_not_in_the_plural() -> None:
 
 def missing(**changes: Any) -> dict[str, Any]:
     """The row of a case that nobody measured."""
-    nothing = {"mean_ms": NAN, "std_ms": NAN, "median_ms": NAN, "times_bound": NAN, "peak_bytes": None}
+    nothing = {
+        "mean_ms": NAN,
+        "std_ms": NAN,
+        "median_ms": NAN,
+        "times_bound": NAN,
+        "planned_bytes=NAN, peak_bytes": None,
+    }
     return row(**({"status": "missing", "reason": "run `what measures it`"} | nothing | changes))
 
 

@@ -87,7 +87,7 @@ def table_of(text: str) -> list[dict[str, str]]:
         (["--size", "tiny", "--warmup", "-1"], "warmup must be a whole number of at least 0, found -1"),
         (["--size", "tiny", "--seed", "-1"], "seed must be a whole number of at least 0, found -1"),
         (["--size", "tiny", "--dtype", "float64"], "unknown dtype 'float64': did you mean 'float"),
-        (["--size", "tiny", "--autocast", "bf16"], "unknown autocast 'bf16': "),
+        (["--size", "tiny", "--autocast", "bf17"], "unknown autocast 'bf17'; known"),
         (["--size", "tiny", "--float32-matmul", "tf32"], "unknown float32_matmul 'tf32'; known: highest, high"),
         (["--size", "tiny", "--formulation", "fuse"], "unknown formulation 'fuse': did you mean 'fused'?"),
         (["--size", "tiny", "--rope", "2024"], "unknown rope"),
@@ -194,11 +194,15 @@ def test_a_size_beyond_the_memory_is_refused_before_it_is_built(
 def test_of_several_phases_the_one_that_does_not_fit_takes_no_other_with_it(
     script: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    weights = 4 * (2 * 50 * 16 + 3 * 16 * 32 + 4 * 16 * 16 + 3 * 16)
-    monkeypatch.setattr("cs336_systems.experiments.transformer_step.available_bytes", lambda _: int(1.5 * weights))
+    assert status_of(script, *DIMENSIONS, "--phase", "forward") == 0
+    (forward,) = records()
+    needed = forward.measurement.values["planned_allocated_bytes"]
+    monkeypatch.setattr("cs336_systems.experiments.transformer_step.available_bytes", lambda _: needed)
     assert status_of(script, *DIMENSIONS, "--phase", "forward", "step") == 1
     assert {str(record.case["phase"]): record.status for record in records()} == {"forward": "ok", "step": "oom"}
-    assert [row["phase"] for row in table_of(capsys.readouterr().out)] == ["forward", "step"]
+    shown = capsys.readouterr().out
+    assert [row["phase"] for row in table_of(shown)][-2:] == ["forward", "step"]
+    assert "are available" in shown
 
 
 def test_a_model_that_fails_in_its_step_is_recorded_as_failed_with_its_error(

@@ -1,0 +1,101 @@
+#!/usr/bin/env python3
+"""Predict the memory of a step on a GPU that is not there, to the byte.
+
+    python scripts/plan_memory.py --size xl --context 2048 --phase step --gpu h200
+    python scripts/plan_memory.py --size xl --context 2048 --autocast bf16 --gpu a100-80gb h200
+    python scripts/plan_memory.py --size xl --phase step --gpu h200 --find max-context
+    python scripts/plan_memory.py --model my_package.my_model:MyTransformer --size small --gpu a100-40gb --format json
+
+The step is followed without data and without the GPU, and its allocations are replayed in PyTorch's caching allocator:
+half a minute for a training step of gpt2-xl, some seconds for a forward pass. Exits with 1 when a step does not fit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+
+from cs336_systems.analysis.footprint import Footprint, plan_step
+from cs336_systems.analysis.hardware import GPUS, gpu_peaks
+from cs336_systems.analysis.longest import Longest, largest_batch, longest_context
+from cs336_systems.errors import HelpFormatter, run_command
+from cs336_systems.presentation import footprint as presentation
+from cs336_systems.step import PHASES, StepConfig
+from cs336_systems.step_options import add_model_options, add_precision_options, chosen_config
+
+FIND = {"max-context": longest_context, "max-batch": largest_batch}
+
+
+def main(argv: list[str] | None) -> int:
+    arguments = parse(argv)
+    for gpu in arguments.gpu:
+        gpu_peaks(gpu)  # a misspelt name ends the run before anything is followed
+    chosen = StepConfig(
+        **dataclasses.asdict(chosen_config(arguments, arguments.context)),
+        device="cuda",
+        phase=arguments.phase,
+        batch_size=arguments.batch,
+        dtype=arguments.dtype,
+        autocast=arguments.autocast,
+        attention=arguments.attention,
+        formulation=arguments.formulation,
+        optimizer=arguments.optimizer,
+        rope=arguments.rope,
+        model=arguments.model,
+    )
+    if arguments.find is not None:
+        return find(chosen, arguments)
+    plans = {gpu: plan_step(chosen, gpu) for gpu in arguments.gpu}
+    if arguments.format == "json":
+        print(json.dumps([as_json(chosen, plan) for plan in plans.values()], indent=2))
+    else:
+        print("\n\n".join(presentation.described(chosen, plan) for plan in plans.values()))
+    return 0 if all(plan.fits for plan in plans.values()) else 1
+
+
+def find(chosen: StepConfig, arguments: argparse.Namespace) -> int:
+    """The longest context or the largest batch on each GPU, and what it takes there."""
+    found = {gpu: FIND[arguments.find](chosen, gpu) for gpu in arguments.gpu}
+    if arguments.format == "json":
+        print(json.dumps([longest_as_json(chosen, each) for each in found.values()], indent=2))
+    else:
+        print("\n\n".join(presentation.longest_described(chosen, each) for each in found.values()))
+    return 0
+
+
+def as_json(chosen: StepConfig, plan: Footprint) -> dict[str, object]:
+    """The step and its plan as plain data; sizes are in bytes."""
+    step = {name: value for name, value in dataclasses.asdict(chosen).items() if name not in ("device", "compile")}
+    return {"step": {"size": chosen.size, **step}, **dataclasses.asdict(plan)}
+
+
+def longest_as_json(chosen: StepConfig, found: Longest) -> dict[str, object]:
+    """What was searched for and found, with its plan."""
+    changed = found.step_of(chosen)
+    return {"find": f"max-{found.axis}", "value": found.value, "next_fails_at": found.next_fails_at} | as_json(
+        changed, found.plan
+    )
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add_model_options(parser)
+    step = parser.add_argument_group("step")
+    step.add_argument(
+        "--phase",
+        default="step",
+        help=f"{', '.join(PHASES)}; forward has autograd on, inference has not (default: step)",
+    )
+    add_precision_options(step)
+    planned = parser.add_argument_group("plan")
+    planned.add_argument("--gpu", nargs="+", default=["h200"], help=f"one or more of {', '.join(GPUS)} (default: h200)")
+    planned.add_argument(
+        "--find", choices=FIND, help="instead of a plan for --context and --batch, the largest of one that fits"
+    )
+    planned.add_argument("--format", choices=("markdown", "json"), default="markdown")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    run_command(main)
