@@ -3,6 +3,7 @@
     for table in published_tables(store.reference):
         prediction = predict_table(table)
         prediction.constants, prediction.error, prediction.linear_error
+    plan_time(chosen, "h200", published_tables(store.reference))
 
 A table is of one kind of step on one machine. Every size is predicted by the constants that are fitted to the other
 sizes, so that no row is predicted from itself or from its own model at another context.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,8 +25,15 @@ import numpy as np
 import pandas as pd
 
 from cs336_systems.analysis.flops import phase_work, total
-from cs336_systems.analysis.hardware import gpu_peaks
-from cs336_systems.analysis.step_time import Constants, TimedStep, calibrate, left_out
+from cs336_systems.analysis.hardware import gpu_peaks, product_precision
+from cs336_systems.analysis.step_time import (
+    Constants,
+    TimedStep,
+    calibrate,
+    estimate_seconds,
+    floor_seconds,
+    left_out,
+)
 from cs336_systems.step import Phase, StepConfig
 
 _A100, _H100 = "a100-40gb", "h100-sxm"
@@ -40,7 +49,10 @@ _TABLES: tuple[tuple[str, str, str, dict[str, str]], ...] = (
     (_H100_TABLE, "compile_s", _H100, {"phase": "step", "compile": "model"}),
     (_H100_TABLE, "compile_tf32_s", _H100, {"phase": "step", "compile": "model", "float32_matmul": "high"}),
 )
+PUBLISHED_GPUS = tuple(dict.fromkeys(gpu for _, _, gpu, _ in _TABLES))
 _MODEL = ("d_model", "d_ff", "num_layers", "num_heads", "context_length")
+_SIZE = frozenset({*_MODEL, "vocab_size", "rope_theta", "batch_size"})
+_KIND = tuple(field.name for field in dataclasses.fields(StepConfig) if field.name not in _SIZE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,10 +79,6 @@ class PublishedTable:
         autocast = None if chosen.autocast == "none" else f"autocast {chosen.autocast}"
         tf32 = "TF32" if chosen.float32_matmul == "high" else None
         return ", ".join(filter(None, (chosen.phase, autocast, compiled, tf32)))
-
-    def is_of(self, chosen: StepConfig, gpu: str) -> bool:
-        """Whether a step is of the same kind on the same GPU, whatever its model, context and batch."""
-        return self.gpu == gpu and kind_of(chosen) == kind_of(self.chosen)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,10 +139,8 @@ def predict_table(table: PublishedTable) -> TablePrediction:
 
 
 def kind_of(chosen: StepConfig) -> tuple[Any, ...]:
-    """All of a step but model, context and batch: what constants are shared by."""
-    sizes = {*_MODEL, "vocab_size", "rope_theta", "batch_size"}
-    fields = (field.name for field in dataclasses.fields(StepConfig) if field.name not in sizes)
-    return tuple(getattr(chosen, name) for name in fields)
+    """All of a step but model, context and batch: what the rows of a table share."""
+    return tuple(getattr(chosen, name) for name in _KIND)
 
 
 def linear_left_out(timed: Sequence[TimedStep]) -> list[float]:
@@ -157,3 +163,78 @@ def _features(chosen: StepConfig) -> tuple[float, float, float]:
     work = total(phase_work(chosen.config, phase, chosen.batch_size, chosen.context_length).values())
     layers = chosen.num_layers
     return work.flops / 1e12, float(layers), layers * chosen.context_length * chosen.d_model / 1e6
+
+
+# Steps that are in no table ------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class TimePlan:
+    """How long a step should take on a GPU that is not there."""
+
+    gpu: str
+    floor_s: float
+    """Its operators one after the other, each at its ceiling."""
+    estimate_s: float
+    prediction: TablePrediction
+    """Of the table whose constants the estimate is made with."""
+    differs_in: tuple[str, ...]
+    """What the table's steps are not; empty where it is of the same kind of step on the same GPU."""
+
+    @property
+    def is_extrapolated(self) -> bool:
+        return bool(self.differs_in)
+
+
+def plan_time(chosen: StepConfig, gpu: str, tables: Sequence[PublishedTable]) -> TimePlan:
+    """Floor and estimate of a step on a GPU by its key, with the constants of the published table that is nearest.
+
+    Nearest in this order: whether anything is compiled, the precision of products, the GPU
+    or the nearest matrix rate, the phase, all else. The
+    device of `chosen` itself is not looked at.
+
+    Raises:
+        UserError: an unknown GPU, or one without a rate for these products; a step whose operators cannot be counted.
+    """
+    peaks = gpu_peaks(gpu)
+    on_gpu = dataclasses.replace(chosen, device="cuda")
+    floor_s = floor_seconds(on_gpu, peaks)
+    table = min(tables, key=lambda each: _distance(on_gpu, gpu, each))
+    prediction = predict_table(table)
+    estimate_s = estimate_seconds(on_gpu, peaks, prediction.constants)
+    return TimePlan(gpu, floor_s, estimate_s, prediction, _differences(on_gpu, gpu, table))
+
+
+def published_estimate(chosen: StepConfig, gpu: str, reference: Callable[[str], pd.DataFrame]) -> float:
+    """Seconds by the published table of the same kind of step on the same GPU; NaN where there is none.
+
+    `reference` reads a published table by its name.
+    """
+    if gpu not in PUBLISHED_GPUS:
+        return math.nan
+    tables = published_tables(reference)
+    on_gpu = dataclasses.replace(chosen, device="cuda")
+    if all(_differences(on_gpu, gpu, table) for table in tables):
+        return math.nan
+    return plan_time(on_gpu, gpu, tables).estimate_s
+
+
+def _distance(chosen: StepConfig, gpu: str, table: PublishedTable) -> tuple[float, ...]:
+    other, differences = table.chosen, _differences(chosen, gpu, table)
+    precisions = [product_precision(each.dtype, each.autocast, each.float32_matmul) for each in (chosen, other)]
+    is_compiled = [each.compile != "none" for each in (chosen, other)]
+    rates = [gpu_peaks(name).rate(precisions[0]) for name in (gpu, table.gpu)]
+    return (
+        is_compiled[0] != is_compiled[1],
+        precisions[0] != precisions[1],
+        "GPU" in differences,
+        abs(math.log(rates[0] / rates[1])),
+        "phase" in differences,
+        len(differences),
+    )
+
+
+def _differences(chosen: StepConfig, gpu: str, table: PublishedTable) -> tuple[str, ...]:
+    kinds = zip(_KIND, kind_of(chosen), kind_of(table.chosen), strict=True)
+    fields = (name for name, own, other in kinds if own != other)
+    return (*(("GPU",) if gpu != table.gpu else ()), *fields)
