@@ -87,6 +87,7 @@ class Piece:
     storage: int
     view: tuple[Any, ...]
     """Offset, shape and strides: two views of one storage are read apart, the same view once."""
+    itemsize: int
     bytes: int
 
 
@@ -203,7 +204,7 @@ class _Recorder(TorchDispatchMode):
         shape, strides = tuple(tensor.shape), tensor.stride()
         # Along a stride of zero every element is the same one.
         elements = math.prod(size for size, stride in zip(shape, strides, strict=True) if stride)
-        return Piece(number, (tensor.storage_offset(), shape, strides), elements * tensor.itemsize)
+        return Piece(number, (tensor.storage_offset(), shape, strides), tensor.itemsize, elements * tensor.itemsize)
 
 
 def _traffic(name: str, reads: list[Piece], writes: list[Piece]) -> tuple[list[Piece], list[Piece], int]:
@@ -218,8 +219,8 @@ def _traffic(name: str, reads: list[Piece], writes: list[Piece]) -> tuple[list[P
         copied = sum(piece.bytes for piece in reads)
         return reads, [dataclasses.replace(piece, bytes=piece.bytes + copied) for piece in writes], 2
     if name in _SCATTER:
-        # Into the part go as many bytes as the last input has.
-        part = reads[-1].bytes
+        # Into the part go as many elements as the last input has.
+        part = math.prod(reads[-1].view[1]) * writes[0].itemsize
         if torch._C._current_graph_task_id() != -1:  # in backward
             return reads[1:], [dataclasses.replace(piece, bytes=part) for piece in writes], 1
         return reads, [dataclasses.replace(piece, bytes=piece.bytes + part) for piece in writes], 2

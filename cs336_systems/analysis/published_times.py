@@ -189,9 +189,8 @@ class TimePlan:
 def plan_time(chosen: StepConfig, gpu: str, tables: Sequence[PublishedTable]) -> TimePlan:
     """Floor and estimate of a step on a GPU by its key, with the constants of the published table that is nearest.
 
-    Nearest in this order: whether anything is compiled, the precision of products, the GPU
-    or the nearest matrix rate, the phase, all else. The
-    device of `chosen` itself is not looked at.
+    Nearest in this order: whether anything is compiled, the precision of products, the GPU or else one with about the
+    same matrix rate, the phase, all else. The device of `chosen` itself is not looked at.
 
     Raises:
         UserError: an unknown GPU, or one without a rate for these products; a step whose operators cannot be counted.

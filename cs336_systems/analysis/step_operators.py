@@ -109,12 +109,24 @@ def _counted(chosen: StepConfig) -> _Counted:
 
 
 def _deeper(one: Stage, two: Stage, depth: int) -> Stage:
-    """The stage at `depth` blocks: with every block come the operators in which two blocks differ from one."""
+    """The stage at `depth` blocks: with every block come the operators in which two blocks differ from one.
+
+    An operator over all parameters at once, as a fused optimizer is, is called as often at any depth and moves more.
+    """
+    further = depth - 1
     kinds = dict.fromkeys((*two.operators, *one.operators))
     times = {
-        kind: one.operators.get(kind, 0) + (depth - 1) * (two.operators.get(kind, 0) - one.operators.get(kind, 0))
+        kind: one.operators.get(kind, 0) + further * (two.operators.get(kind, 0) - one.operators.get(kind, 0))
         for kind in kinds
     }
+    for kind in one.operators.keys() - two.operators.keys():
+        grown = next(each for each in two.operators if each.name == kind.name and each not in one.operators)
+        read, written = (getattr(grown, name) - getattr(kind, name) for name in ("read_bytes", "written_bytes"))
+        deeper = dataclasses.replace(
+            kind, read_bytes=kind.read_bytes + further * read, written_bytes=kind.written_bytes + further * written
+        )
+        times[deeper] = one.operators[kind]
+        times[kind] = times[grown] = 0
     return Stage(one.name, MappingProxyType({kind: count for kind, count in times.items() if count}))
 
 

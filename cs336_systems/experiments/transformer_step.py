@@ -24,7 +24,12 @@ from cs336_systems.analysis.footprint import CPU, Footprint, plan_step
 from cs336_systems.analysis.hardware import Peaks, identify_gpu, product_precision
 from cs336_systems.analysis.measured_times import predicted_columns
 from cs336_systems.analysis.published import PublishedSteps
-from cs336_systems.analysis.published_times import published_estimate
+from cs336_systems.analysis.published_times import (
+    TablePrediction,
+    predict_table,
+    published_estimate,
+    published_tables,
+)
 from cs336_systems.analysis.roofline import bound, step_bound
 from cs336_systems.bench import grid as grids
 from cs336_systems.bench.allocator import PeakMemory, available_bytes, describe_memory
@@ -350,3 +355,8 @@ def summarise(
         rows.append(row | {"times_bound": row["median_ms"] / floor_ms})
     predicted = predicted_columns(rows, peaks, store.reference)
     return pd.DataFrame([row | columns for row, columns in zip(rows, predicted, strict=True)])
+
+
+def published_predictions(store: Store | None = None) -> list[TablePrediction]:
+    """Every published table of step times, each size predicted by the others."""
+    return [predict_table(table) for table in published_tables((store or Store.default()).reference)]

@@ -61,9 +61,9 @@ def published_table(predictions: Sequence[TablePrediction]) -> Table:
         Column("of the matrix rate", lambda row: percent(row.matrix)),
         Column("of the bandwidth", lambda row: percent(row.bandwidth)),
         Column("step of the host (µs)", lambda row: number(row.host_step_us)),
-        Column("mean error", lambda row: percent(row.error)),
-        Column("largest error", lambda row: percent(row.worst)),
-        Column("mean error, linear fit", lambda row: percent(row.linear)),
+        Column("mean error", lambda row: _error(row.error)),
+        Column("largest error", lambda row: _error(row.worst)),
+        Column("mean error, linear fit", lambda row: _error(row.linear)),
     ]
     notes = [
         "Constants are fitted to all rows of a table. Errors are of every size predicted by the constants of the "
@@ -86,8 +86,8 @@ def published_findings(predictions: Sequence[TablePrediction]) -> Findings:
         errors = [each.error for each in of_kind]
         said.append(
             Finding.checked(
-                f"Of {kind} steps a left-out size is predicted to {percent(min(errors))} to {percent(max(errors))} of "
-                "its published time, in the mean of a table",
+                f"Of {kind} steps a left-out size is predicted to within {_error(min(errors))} to "
+                f"{_error(max(errors))} of its published time, in the mean of a table",
                 max(errors) < most,
                 so=": its operators, the datasheet and three constants tell it.",
                 but=f", more than {percent(most)}: three constants do not tell it.",
@@ -146,11 +146,16 @@ def _draw(predictions: tuple[TablePrediction, ...]) -> Figure:
                 )
             logarithmic(panel.xaxis)
             logarithmic(panel.yaxis)
+            panel.tick_params(axis="x", labelsize="small")
             panel.set(title=_NAMES.get(gpu, gpu), xlabel="published (ms)", aspect="equal")
             if panel is panels[0]:
                 panel.set_ylabel("predicted by other sizes (ms)")
             panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2))
     return drawing
+
+
+def _error(share: float) -> str:
+    return f"{100 * share:.1f} %"
 
 
 def _gpu_name(prediction: TablePrediction) -> str:
@@ -177,7 +182,7 @@ def verdict(chosen: StepConfig, plan: TimePlan) -> str:
             f"{takes}, **extrapolated** from {source}, which differ in {differs}, so that nothing says how far it is "
             f"off; {floor}."
         )
-    off = percent(plan.prediction.error)
+    off = _error(plan.prediction.error)
     return f"{takes}, estimated from {source}, which are predicted so to {off} in the mean; {floor}."
 
 
