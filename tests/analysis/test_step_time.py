@@ -42,7 +42,7 @@ def step(**changes: Any) -> StepConfig:
 
 def family(device: str = "cuda") -> list[StepConfig]:
     return [
-        step(**size, context_length=context, device=device) for size, context in itertools.product(SIZES, (16, 32, 128))
+        step(**size, context_length=context, device=device) for size, context in itertools.product(SIZES, (16, 128))
     ]
 
 
@@ -138,10 +138,10 @@ def test_without_enough_sizes_or_times_there_are_no_constants() -> None:
     constants = drawn(0)
     timed = [TimedStep(chosen, estimate_seconds(chosen, TOY, constants)) for chosen in family()]
     with pytest.raises(UserError, match="at least three times, of 2 sizes; found 3 of 1: measure more sizes"):
-        calibrate(timed[:3], TOY)
+        calibrate([*timed[:2], timed[0]], TOY)
     with pytest.raises(UserError, match="found 2 of 2"):
         calibrate([timed[0], timed[-1]], TOY)
-    assert all(map(math.isnan, left_out(timed[:6], TOY)))  # of two sizes each has one other
+    assert all(map(math.isnan, left_out(timed[:4], TOY)))  # of two sizes each has one other
 
 
 def test_without_a_ceiling_there_is_no_time() -> None:
