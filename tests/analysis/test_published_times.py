@@ -88,7 +88,7 @@ def test_the_linear_fit_is_exact_where_times_are_linear_and_leaves_the_size_out(
 # Plans, on tables that are small and quickly counted -----------------------------------------------------------
 
 SMALL = StepConfig(32, 64, 2, 2, 16, "cuda", vocab_size=50, batch_size=2)
-SIZES = ({"num_layers": 1}, {"num_layers": 2}, {"d_model": 64, "d_ff": 256})
+SIZES: tuple[dict[str, Any], ...] = ({"num_layers": 1}, {"num_layers": 2}, {"d_model": 64, "d_ff": 256})
 
 
 def toy_table(gpu: str, **kind: Any) -> PublishedTable:
@@ -136,7 +136,7 @@ def test_a_step_of_a_tables_kind_is_planned_with_its_constants(table: PublishedT
     ],
 )
 def test_a_step_that_no_table_has_is_extrapolated_from_the_nearest(
-    gpu: str, kind: dict[str, str], expected: PublishedTable, differs_in: tuple[str, ...]
+    gpu: str, kind: dict[str, Any], expected: PublishedTable, differs_in: tuple[str, ...]
 ) -> None:
     plan = plan_time(dataclasses.replace(SMALL, **kind), gpu, TOYS)
     assert plan.prediction.table == expected

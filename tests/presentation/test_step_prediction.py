@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
@@ -18,7 +20,7 @@ SIZES = [StepConfig(16 * width, 32, 1, 2, 8, "cuda", vocab_size=50) for width in
 
 
 def predicted(
-    off: float, linear_off: float, host_us: float = 8.0, gpu: str = "a100-40gb", **kind: str
+    off: float, linear_off: float, host_us: float = 8.0, gpu: str = "a100-40gb", **kind: Any
 ) -> TablePrediction:
     """A table of 10, 20 and 30 ms whose predictions are all off by a share."""
     rows = tuple(TimedStep(dataclasses.replace(size, **kind), 0.01 * (place + 1)) for place, size in enumerate(SIZES))
@@ -70,6 +72,6 @@ def test_the_figure_has_a_panel_per_gpu_and_every_row() -> None:
     assert [panel.get_title() for panel in drawing.axes] == ["A100 40 GB", "H100 80 GB"]
     for panel in drawing.axes:
         line, points = panel.get_lines()
-        assert list(line.get_xdata()) == list(line.get_ydata())
-        assert list(points.get_xdata()) == pytest.approx([10.0, 20.0, 30.0])
+        assert np.array_equal(line.get_xdata(), line.get_ydata())
+        assert np.allclose(points.get_xdata(), [10.0, 20.0, 30.0])
         assert panel.get_legend() is not None
