@@ -38,6 +38,7 @@ from cs336_systems.bench.records import Measurement, Record, Store
 from cs336_systems.bench.report import bytes_in_words
 from cs336_systems.bench.sweep import OnPart, OutOfMemory
 from cs336_systems.bench.timing import describe, float32_matmul_precision, time_steps
+from cs336_systems.compilation import compiled_or_error
 from cs336_systems.errors import UserError
 from cs336_systems.model import model_size
 from cs336_systems.step import PHASES, PHASES_OF_TRAINING, Phase, StepConfig, build_step
@@ -144,7 +145,8 @@ def measure(case: Case, on_part: OnPart) -> Measurement:
         done += 1
         on_part(done / (case.warmup + case.steps))
 
-    with PeakMemory(case.device) as memory, float32_matmul_precision(case.float32_matmul):
+    products = float32_matmul_precision(case.float32_matmul)
+    with PeakMemory(case.device) as memory, products, compiled_or_error(case.compile):
         step = build_step(case)
         counted = count_products(step) if case.model is not None and case.compile == "none" else {}
         timing = time_steps(step, warmup=case.warmup, steps=case.steps, device=case.device, on_step=count_step)
@@ -193,7 +195,7 @@ def planned_values(plan: Footprint | None) -> dict[str, int]:
     return values | ({} if plan.device == CPU else {"planned_reserved_bytes": plan.peak_reserved_bytes})
 
 
-def require_memory(case: Case) -> Footprint | None:
+def require_memory(case: StepConfig) -> Footprint | None:
     """Refuse what cannot fit before it is built, and return the plan of what can; None where there is no plan.
 
     Raises:

@@ -118,7 +118,7 @@ class Exhibit:
 
     def findings(self, function: str = "findings") -> str:
         """The sentences about this evidence, or what to run where there is none of it."""
-        cases = report.plural(len(self.evidence.shown), "case")
+        cases = report.plural(report.number_of_cases(self.evidence.shown), "case")
         if not len(self.evidence.shown):
             return f"No case is asked of {self.machine}."
         if not self.recorded:
