@@ -31,6 +31,7 @@ from cs336_systems.bench.report import (
     with_deviation,
     within,
 )
+from cs336_systems.presentation.footprint import against_the_allocator
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -317,12 +318,14 @@ def findings(summary: pd.DataFrame) -> Findings:
     if not summary["status"].isin(["ok", "missing"]).any():
         return Findings([Finding("No case has a time; the notes of the table say why.")])
     two_phases = summary[summary["phase"].isin(["forward", "forward-backward"])]
+    on_gpu = summary[summary["device"] == "cuda"]
     return Findings(
         [
             *Finding.from_all(two_phases, "How long backward takes beside forward", _backward_against_forward),
             *Finding.from_all(summary, "How much the times vary", _variability),
             *Finding.from_all(summary, "How near their floors the times come", _nearness),
             *Finding.from_all(summary, "How well sizes predict one another", _predictability),
+            *Finding.from_all(on_gpu, "How near planned memory is to the allocator's", _planned_memory),
             *staleness(summary),
         ]
     )
@@ -412,6 +415,10 @@ def _predictability(rows: pd.DataFrame) -> Finding | None:
         but=": three constants do not tell them; what a cache keeps, and memory that is new to the process, are in "
         "none.",
     )
+
+
+def _planned_memory(rows: pd.DataFrame) -> Finding | None:
+    return against_the_allocator(rows, _name)
 
 
 def _name(row: pd.Series) -> str:
