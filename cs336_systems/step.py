@@ -181,14 +181,21 @@ def build_step(chosen: StepConfig) -> BuiltStep:
     # Ours is made as it should be; on tensors without data a conversion would fail even where it changes nothing.
     if any(each.device.type != chosen.device or each.dtype != dtype for each in model.parameters()):
         model.to(device=chosen.device, dtype=dtype)
-    tokens, targets = batch
     if chosen.model is not None:
-        require_logits(chosen, model, tokens)
+        require_logits(chosen, model, batch[0])
     optimizer = build_optimizer(chosen.optimizer, model.parameters())
-    cross_entropy = LOSSES[chosen.formulation]
     if chosen.compile != "none":
         torch.compiler.reset()  # nothing compiled by an earlier case is used
         compile_model(model, chosen.compile)
+    return step_of(chosen, model, optimizer, batch)
+
+
+def step_of(
+    chosen: StepConfig, model: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: torch.Tensor
+) -> BuiltStep:
+    """The chosen phase of a model that is there already, compiled or not; `run` gives the logits of a forward."""
+    tokens, targets = batch
+    cross_entropy = LOSSES[chosen.formulation]
 
     def autocast() -> contextlib.AbstractContextManager[Any]:
         if chosen.autocast == "none":

@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -72,7 +72,17 @@ PROMOTED = (
     "scatter_add",
 )
 BANNED = ("binary_cross_entropy",)
-TREATED = frozenset({*LOWER_PRECISION, *FLOAT32, *FLOAT32_BY_DTYPE, *FLOAT32_APPENDED, *PROMOTED, *BANNED})
+RULES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "lower precision": LOWER_PRECISION,
+        "float32": FLOAT32,
+        "float32 by dtype": FLOAT32_BY_DTYPE,
+        "float32 appended": tuple(FLOAT32_APPENDED),
+        "promoted": PROMOTED,
+        "banned": BANNED,
+    }
+)
+TREATED = frozenset(name for names in RULES.values() for name in names)
 """The operators that have a rule on CUDA, but for `_cudnn_rnn`, which no CPU runs."""
 
 _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
@@ -82,6 +92,15 @@ _Kernel = Callable[..., Any]
 def has_autocast_kernel(name: str, device: str) -> bool:
     """Whether autocast treats an operator on "CUDA" or "CPU"; of CUDA any build of PyTorch knows."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", f"Autocast{device}")
+
+
+def rule_of(name: str) -> str | None:
+    """The rule of `RULES` that CUDA's autocast has for an operator, such as `softmax.int`; None if it has none.
+
+    >>> rule_of("linear"), rule_of("layer_norm"), rule_of("relu")
+    ('lower precision', 'float32', None)
+    """
+    return next((rule for rule, names in RULES.items() if name in names), None)
 
 
 @contextlib.contextmanager

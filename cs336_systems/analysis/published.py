@@ -89,6 +89,14 @@ class PublishedSteps:
             rows = rows.assign(**{f"mean_ms_{count}": 1e3 * table["mean_s"], f"std_ms_{count}": 1e3 * table["std_s"]})
         return rows
 
+    def by_autocast(self) -> pd.DataFrame:
+        """The A100's training steps of which both are published: `none_ms`, and `bfloat16_ms` under autocast."""
+        tables = (self._tables[_A100_TABLES["step", autocast]] for autocast in ("none", "bfloat16"))
+        plain, mixed = (table[[*_MODEL, "batch_size", "mean_s"]] for table in tables)
+        rows = plain.merge(mixed, on=[*_MODEL, "batch_size"], suffixes=("", "_mixed"))
+        rows = rows.assign(none_ms=1e3 * rows["mean_s"], bfloat16_ms=1e3 * rows["mean_s_mixed"])
+        return rows.drop(columns=["mean_s", "mean_s_mixed"])
+
     def _row(self, table: str, config: TransformerConfig, batch_size: int) -> pd.Series | None:
         """The row of the same model, context and batch, if the table has one."""
         rows = self._tables[table]

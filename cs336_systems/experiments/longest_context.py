@@ -59,12 +59,17 @@ def grid(
     formulation: str | Sequence[str] = "reference",
     rope: str = "2025",
     model: str | None = None,
+    device: str = "cpu",
 ) -> list[grids.Cell[Case]]:
     """Sizes × phases × autocast; a case plans all of the GPUs.
+
+    Args:
+        device: taken as every grid takes it; a plan is made on the CPU, whatever the machine has.
 
     Raises:
         UserError: an unknown name or an impossible value.
     """
+    del device
     cells: list[grids.Cell[Case]] = []
     for name in planned_sizes:
         size = model_size(name)
@@ -78,7 +83,7 @@ def grid(
             formulation=formulation,
             rope=rope,
             model=model,
-            device="cpu",  # where the plan is made
+            device="cpu",
         )
     return cells
 

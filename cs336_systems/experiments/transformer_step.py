@@ -21,9 +21,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cs336_systems.analysis import flops
 from cs336_systems.analysis.footprint import CPU, Footprint, plan_step
-from cs336_systems.analysis.hardware import Peaks, identify_gpu, product_precision
+from cs336_systems.analysis.hardware import GPUS, Peaks, identify_gpu, product_precision
+from cs336_systems.analysis.measured_times import predicted_columns
 from cs336_systems.analysis.published import PublishedSteps
-from cs336_systems.analysis.roofline import bound, step_bound
+from cs336_systems.analysis.published_times import (
+    TablePrediction,
+    predict_table,
+    published_estimate,
+    published_tables,
+)
+from cs336_systems.analysis.roofline import bound, operators_seconds, step_bound
 from cs336_systems.bench import grid as grids
 from cs336_systems.bench.allocator import PeakMemory, available_bytes, describe_memory
 from cs336_systems.bench.machine import resolve_device
@@ -31,6 +38,7 @@ from cs336_systems.bench.records import Measurement, Record, Store
 from cs336_systems.bench.report import bytes_in_words
 from cs336_systems.bench.sweep import OnPart, OutOfMemory
 from cs336_systems.bench.timing import describe, float32_matmul_precision, time_steps
+from cs336_systems.compilation import compiled_or_error
 from cs336_systems.errors import UserError
 from cs336_systems.model import model_size
 from cs336_systems.step import PHASES, PHASES_OF_TRAINING, Phase, StepConfig, build_step
@@ -139,7 +147,8 @@ def measure(case: Case, on_part: OnPart) -> Measurement:
         done += 1
         on_part(done / (case.warmup + case.steps))
 
-    with PeakMemory(case.device) as memory, float32_matmul_precision(case.float32_matmul):
+    products = float32_matmul_precision(case.float32_matmul)
+    with PeakMemory(case.device) as memory, products, compiled_or_error(case.compile):
         step = build_step(case)
         counted = count_products(step) if case.model is not None and case.compile == "none" else {}
         timing = time_steps(step, warmup=case.warmup, steps=case.steps, device=case.device, on_step=count_step)
@@ -188,7 +197,7 @@ def planned_values(plan: Footprint | None) -> dict[str, int]:
     return values | ({} if plan.device == CPU else {"planned_reserved_bytes": plan.peak_reserved_bytes})
 
 
-def require_memory(case: Case) -> Footprint | None:
+def require_memory(case: StepConfig) -> Footprint | None:
     """Refuse what cannot fit before it is built, and return the plan of what can; None where there is no plan.
 
     Raises:
@@ -258,6 +267,23 @@ def bound_ms(case: StepConfig, peaks: Peaks, counted_flops: int | None = None) -
     return floor.seconds * 1e3, floor.limited_by
 
 
+def operators_ms(case: StepConfig, peaks: Peaks) -> float:
+    """The step in milliseconds if every component were one perfect kernel; NaN where that is not known."""
+    precision = precision_of(case)
+    if not peaks.bounds(precision) or case.model is not None or case.attention != "reference":
+        return float("nan")
+    return 1e3 * operators_seconds(
+        case.config,
+        checked_phase(case),
+        case.batch_size,
+        case.context_length,
+        peaks,
+        precision,
+        itemsize=getattr(torch, case.dtype).itemsize,
+        autocast_itemsize=None if case.autocast == "none" else getattr(torch, case.autocast).itemsize,
+    )
+
+
 def predicted_seconds(case: Case, peaks: Peaks, slowdown: float) -> float:
     """How long measuring a case should take, if steps take `slowdown` times their floor."""
     floor_ms, _ = bound_ms(case, peaks)
@@ -278,7 +304,10 @@ def published_beside(published: PublishedSteps, case: Case) -> dict[str, float]:
 
 
 def predict(cases: Sequence[Case], peaks: Peaks) -> pd.DataFrame:
-    """One row per case: parameters, FLOPs, compulsory bytes and floor, from the architecture alone."""
+    """One row per case: parameters, FLOPs, compulsory bytes and floor, from the architecture alone.
+
+    `predicted_ms` is NaN but on a GPU that a published table of such steps is of.
+    """
     rows = []
     for case in cases:
         phase = checked_phase(case)
@@ -296,6 +325,7 @@ def predict(cases: Sequence[Case], peaks: Peaks) -> pd.DataFrame:
                 "bound_ms": floor_ms,
                 "bound_by": limited_by,
                 "ceilings": peaks.name,
+                "predicted_ms": 1e3 * published_estimate(case, peaks.name, Store.default().reference),
                 "planned_bytes": math.nan if (plan := plan_of(case, peaks.name)) is None else plan.peak_allocated_bytes,
             }
         )
@@ -309,7 +339,10 @@ def summarise(
     store: Store | None = None,
     fingerprint: Mapping[str, Any] | None = None,
 ) -> pd.DataFrame:
-    """One row per record: its times in milliseconds, floor, peak memory, and what others published.
+    """One row per record: its times in milliseconds, floor, prediction, peak memory, and what others published.
+
+    A step is predicted by the records of other sizes, where every one that is asked for is there, else on a GPU by the
+    published table of such steps; `matrix_fraction`, `bandwidth_fraction` and `host_step_us` are the constants.
 
     `fingerprint`: the current one, or as much of it as is to be compared; with it, stale records are marked.
     """
@@ -335,10 +368,33 @@ def summarise(
             "bound_ms": floor_ms,
             "bound_by": limited_by,
             "bound_lacks": peaks.lacks if math.isnan(floor_ms) else "",
+            "operators_ms": operators_ms(case, peaks),
             "flops": counted or flops.total(work.values()).flops,
             "peak_bytes": describe_memory(record.measurement.values),
             "planned_bytes": record.measurement.values.get("planned_allocated_bytes", math.nan),
             **published_beside(published, case),
         }
         rows.append(row | {"times_bound": row["median_ms"] / floor_ms})
+    predicted = predicted_columns(rows, peaks, store.reference)
+    return pd.DataFrame([row | columns for row, columns in zip(rows, predicted, strict=True)])
+
+
+def published_autocast(store: Store | None = None) -> pd.DataFrame:
+    """Training steps on an A100 without and with autocast, as others published them, beside what operators take there.
+
+    Columns `none_ms` and `bfloat16_ms`, the same with `_operators_ms`, and `flops`.
+    """
+    rows = []
+    for row in PublishedSteps((store or Store.default()).reference).by_autocast().to_dict("records"):
+        shape: dict[str, Any] = {name: int(value) for name, value in row.items() if not name.endswith("_ms")}
+        cases = {autocast: Case(**shape, device="cuda", autocast=autocast) for autocast in ("none", "bfloat16")}
+        case = cases["none"]
+        work = flops.phase_work(case.config, "step", case.batch_size, case.context_length)
+        expected = {f"{name}_operators_ms": operators_ms(each, GPUS["a100-40gb"]) for name, each in cases.items()}
+        rows.append({"size": case.size, **row, **expected, "flops": flops.total(work.values()).flops})
     return pd.DataFrame(rows)
+
+
+def published_predictions(store: Store | None = None) -> list[TablePrediction]:
+    """Every published table of step times, each size predicted by the others."""
+    return [predict_table(table) for table in published_tables((store or Store.default()).reference)]

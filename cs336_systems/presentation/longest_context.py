@@ -101,6 +101,10 @@ def _draw(summary: pd.DataFrame) -> Figure:
             rows = summary[(summary["phase"] == phase) & (summary["autocast"] == autocast)]
             values = rows.pivot_table(index="size", columns="gpu", values="longest", sort=False, dropna=False)
             values = values.astype(float).reindex(order)[list(dict.fromkeys(rows["gpu"]))]
+            if values.isna().all(axis=None):
+                panel.annotate("no record yet", (0.5, 0.5), xycoords="axes fraction", ha="center", va="center")
+                panel.set(xlabel="GPU", ylabel="size", xticks=[], yticks=[])
+                continue
             texts = values.map(lambda value: MISSING if math.isnan(value) else f"{value:,.0f}")
             sns.heatmap(
                 values.clip(lower=1),

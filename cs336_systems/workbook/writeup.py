@@ -68,6 +68,8 @@ class Exhibit:
     problem: str
     _blocks: _Blocks
     part: str = ""
+    presenter: str = ""
+    """The module of `presentation/` that shows it, where that is not the experiment's own."""
 
     @property
     def machine(self) -> str:
@@ -99,6 +101,10 @@ class Exhibit:
         """The part of the evidence whose columns have these values, where a problem asks for a part of a grid."""
         return dataclasses.replace(self, evidence=self.evidence.where(**fields))
 
+    def presented_by(self, presenter: str) -> Exhibit:
+        """The same shown by another module of `presentation/`, whose name becomes part of its table's and figure's."""
+        return dataclasses.replace(self, presenter=presenter, part=presenter)
+
     def called(self, part: str) -> Exhibit:
         """The same with another name for its table and figure, where one problem shows several parts of a grid."""
         return dataclasses.replace(self, part=part)
@@ -118,7 +124,7 @@ class Exhibit:
 
     def findings(self, function: str = "findings") -> str:
         """The sentences about this evidence, or what to run where there is none of it."""
-        cases = report.plural(len(self.evidence.shown), "case")
+        cases = report.plural(report.number_of_cases(self.evidence.shown), "case")
         if not len(self.evidence.shown):
             return f"No case is asked of {self.machine}."
         if not self.recorded:
@@ -130,7 +136,7 @@ class Exhibit:
         return bool(self.recorded and len(self.evidence.shown))
 
     def _present(self, function: str) -> Any:
-        module = load_presentation(self.evidence.experiment)
+        module = load_presentation(self.presenter or self.evidence.experiment)
         if not hasattr(module, function):
             known = [
                 name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__

@@ -9,7 +9,7 @@ import pytest
 
 from cs336_systems.analysis.flops import Work, compulsory_bytes, phase_work, total
 from cs336_systems.analysis.hardware import Peaks, gpu_peaks
-from cs336_systems.analysis.roofline import bound, step_bound
+from cs336_systems.analysis.roofline import IN_FLOAT32_UNDER_AUTOCAST, bound, operators_seconds, step_bound
 from cs336_systems.bench.records import Store
 from cs336_systems.errors import UserError
 from cs336_systems.model import SIZES, TransformerConfig
@@ -155,3 +155,30 @@ def test_the_bound_is_no_loose_one_where_products_dominate(store: Store, table: 
     phase, precision, logits_itemsize = A100_TABLES[table]
     shares = published_share_of_bound(store, table, "mean_s", phase, "a100-40gb", precision, logits_itemsize)
     assert max(shares) > 0.8
+
+
+# Operator by operator ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_operators_one_after_the_other_take_no_less_than_the_floor(phase: Phase) -> None:
+    for name in ("small", "xl"):
+        for precision, itemsize in (("float32", None), ("bfloat16", 2)):
+            gpu = gpu_peaks("h200")
+            one_by_one = operators_seconds(SIZES[name], phase, 4, 256, gpu, precision, autocast_itemsize=itemsize)
+            assert one_by_one >= step_bound(SIZES[name], phase, 4, 256, gpu, precision).seconds
+
+
+def test_under_autocast_the_traffic_of_half_precision_is_halved_and_the_rest_stays() -> None:
+    """With products for nothing, time is traffic."""
+    free = dataclasses.replace(TOY, matmul_flops_per_s={"float32": 1e30})
+    works = phase_work(SIZES["small"], "step", 4, 128)
+    assert works.keys() >= IN_FLOAT32_UNDER_AUTOCAST
+    wide = sum(work.bytes for name, work in works.items() if name in IN_FLOAT32_UNDER_AUTOCAST)
+    rest = sum(work.bytes for work in works.values()) - wide
+    plain, mixed = (
+        operators_seconds(SIZES["small"], "step", 4, 128, free, "float32", autocast_itemsize=itemsize)
+        for itemsize in (None, 2)
+    )
+    assert plain == pytest.approx((wide + rest) / 10.0)
+    assert mixed == pytest.approx((wide + rest / 2) / 10.0)

@@ -127,8 +127,9 @@ def test_all_is_everything_the_profile_names_and_the_ceilings_first(
     script: ModuleType, asked: list[tuple[Any, ...]]
 ) -> None:
     status_of(script, "--all", "--profile", "h200")
-    by_notebook = ["transformer_step", "warmup", "step_profile", "memory_profile"]
-    names = ["machine_peaks", *by_notebook, "pytorch_attention", "flash_benchmarking"]
+    of_steps, of_precision = ["transformer_step", "warmup", "step_profile"], ["mixed_precision_accumulation"]
+    of_precision += ["autocast_dtypes", "layernorm_precision"]
+    names = ["machine_peaks", *of_steps, *of_precision, "memory_profile", "pytorch_attention", "flash_benchmarking"]
     assert [name for name, *_ in asked] == names
     assert [{each["device"] for each in grids} for _, grids, _ in asked] == [{"cuda"}] * len(names)
     assert asked[1][1][0]["steps"] == 10

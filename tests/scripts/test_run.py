@@ -158,10 +158,13 @@ def test_a_dry_run_prints_the_cases_and_the_minutes_and_measures_nothing(
 ) -> None:
     plan, _ = dry_run(script, capsys, "--profile", "h200")
     experiments = {"transformer_step", "warmup", "step_profile", "memory_profile"}
+    experiments |= {"mixed_precision_accumulation", "autocast_dtypes", "layernorm_precision"}
     assert set(plan) == experiments | {"pytorch_attention", "flash_benchmarking"}
     # Five sizes at four contexts and one at two, three phases, with and without autocast.
     assert plan["transformer_step"]["cases"] == str((5 * 4 + 2) * 3 * 2)
     assert plan["warmup"]["cases"] == str(3 * 4)
+    # Both rules in both half precisions; of a GPU's tensors a CPU's are skipped, and counted all the same.
+    assert plan["autocast_dtypes"]["cases"] == str(2 * 2)
     # Two sizes at three contexts and the published one, forward and step.
     assert plan["step_profile"]["cases"] == str((2 * 3 + 1) * 2)
     # Two sizes at three contexts, forward and step, with and without autocast.
@@ -206,9 +209,12 @@ def test_a_dry_run_of_the_smoke_profile_leaves_no_folder(
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     plan, _ = dry_run(script, capsys, "--profile", "smoke")
     assert {name: row["cases"] for name, row in plan.items()} == {
-        "transformer_step": "3",
+        "transformer_step": "4",  # of notebook 03, which asks last: forward and step, with and without autocast
         "warmup": "2",
         "step_profile": "2",
+        "mixed_precision_accumulation": "6",
+        "autocast_dtypes": "4",
+        "layernorm_precision": "6",
         "memory_profile": "4",
         "pytorch_attention": "2",
         "flash_benchmarking": "2",

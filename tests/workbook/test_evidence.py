@@ -141,8 +141,8 @@ def test_own_and_published_records_of_one_machine_are_two_pieces_of_evidence(sto
     own, published = Archive(store, INDEX).machines("transformer_step")
     assert own.name == "toy-1c-own"
     assert published.name == "toy-1c"
-    assert own.case(size="tiny", context_length=128, phase="forward").status == "ok"
-    assert published.case(size="tiny", context_length=128, phase="step").status == "ok"
+    assert own.case(size="tiny", context_length=128, phase="forward", autocast="none").status == "ok"
+    assert published.case(size="tiny", context_length=128, phase="step", autocast="none").status == "ok"
 
 
 def test_own_records_are_asked_for_the_profile_that_was_run(store: Store) -> None:
@@ -188,7 +188,7 @@ def test_without_a_profile_own_records_are_asked_for_what_suits_their_machine(st
 
 def test_a_case_gives_the_numbers_of_its_row(store: Store) -> None:
     publish(store, TOY, [record_of(laptop_case())])
-    assert evidence_of(store).case(size="tiny", context_length=128, phase="step").mean_ms == 3.0
+    assert evidence_of(store).case(size="tiny", context_length=128, phase="step", autocast="none").mean_ms == 3.0
 
 
 def test_a_case_by_a_column_that_is_not_there_is_an_error_that_lists_the_columns(store: Store) -> None:
@@ -199,8 +199,10 @@ def test_a_case_by_a_column_that_is_not_there_is_an_error_that_lists_the_columns
 
 def test_a_case_that_several_rows_fit_is_an_error(store: Store) -> None:
     publish(store, TOY, [record_of(laptop_case())])
-    with pytest.raises(UserError, match=r"6 cases of transformer_step on toy-1c have size tiny: say which"):
-        evidence_of(store).case(size="tiny")
+    found = evidence_of(store)
+    several = len(found.where(size="tiny").summary)
+    with pytest.raises(UserError, match=rf"^{several} cases of transformer_step on toy-1c have size tiny: say which"):
+        found.case(size="tiny")
 
 
 def test_a_case_without_a_record_is_unmeasured_and_names_the_command(store: Store) -> None:
@@ -208,7 +210,7 @@ def test_a_case_without_a_record_is_unmeasured_and_names_the_command(store: Stor
     with pytest.raises(
         Unmeasured, match=rf"^Not known yet: .*size mini.* on toy-1c is not measured; run `{COMMAND}` on toy-1c, then"
     ):
-        evidence_of(store).case(size="mini", phase="step")
+        evidence_of(store).case(size="mini", phase="step", autocast="none")
 
 
 def test_a_case_that_the_grid_has_not_is_none_that_is_asked_for(store: Store) -> None:
@@ -221,14 +223,14 @@ def test_a_case_that_the_grid_has_not_is_none_that_is_asked_for(store: Store) ->
 def test_a_case_that_ended_without_a_time_is_unmeasured_and_says_how_it_ended(store: Store, status: str) -> None:
     publish(store, TOY, [record_of(laptop_case(), status=status, reason="it was too large")])
     with pytest.raises(Unmeasured, match=f"ended as {status}: `it was too large`$") as caught:
-        evidence_of(store).case(size="tiny", context_length=128, phase="step")
+        evidence_of(store).case(size="tiny", context_length=128, phase="step", autocast="none")
     assert "Not known yet" not in str(caught.value)
     assert not isinstance(caught.value, NotAsked)
 
 
 def test_a_number_that_a_measured_case_lacks_is_unmeasured(store: Store) -> None:
     publish(store, TOY, [record_of(laptop_case())])  # without ceilings there is no floor
-    row = evidence_of(store).case(size="tiny", context_length=128, phase="step")
+    row = evidence_of(store).case(size="tiny", context_length=128, phase="step", autocast="none")
     with pytest.raises(Unmeasured, match=r"bound_ms of .* is not known: ") as caught:
         _ = row.bound_ms
     assert "`python scripts/measure.py machine_peaks` on toy-1c, then `python scripts/publish" in str(caught.value)
@@ -236,21 +238,21 @@ def test_a_number_that_a_measured_case_lacks_is_unmeasured(store: Store) -> None
 
 def test_a_floor_of_this_checkouts_own_that_is_unknown_names_the_command_alone(store: Store) -> None:
     record_here(store, [record_of(laptop_case())])
-    row = evidence_of(store).case(size="tiny", context_length=128, phase="step")
+    row = evidence_of(store).case(size="tiny", context_length=128, phase="step", autocast="none")
     with pytest.raises(Unmeasured, match=r"; run `python scripts/measure\.py machine_peaks`$"):
         _ = row.times_bound
 
 
 def test_the_deviation_of_a_single_step_is_none_and_no_missing_measurement(store: Store) -> None:
     publish(store, TOY, [record_of(laptop_case(), measurement=Measurement({"step_ms": [3.0]}))])
-    row = evidence_of(store).case(size="tiny", context_length=128, phase="step")
+    row = evidence_of(store).case(size="tiny", context_length=128, phase="step", autocast="none")
     assert math.isnan(row.std_ms)
     assert row.mean_ms == 3.0
 
 
 def test_a_column_that_a_case_has_not_is_no_missing_measurement(store: Store) -> None:
     publish(store, TOY, [record_of(laptop_case())])
-    row = evidence_of(store).case(size="tiny", context_length=128, phase="step")
+    row = evidence_of(store).case(size="tiny", context_length=128, phase="step", autocast="none")
     with pytest.raises(AttributeError, match="'mean_mss': it has size, "):
         _ = row.mean_mss
 
@@ -287,7 +289,7 @@ def test_cases_are_asked_for_by_this_workbooks_names_whatever_the_handout(store:
 def test_a_cpu_with_all_its_ceilings_has_a_floor_for_every_case_missing_ones_too(store: Store) -> None:
     publish(store, TOY, [record_of(laptop_case())])
     publish(store, TOY, peak_records(TOY), "machine_peaks")
-    assert evidence_of(store).summary["bound_ms"].gt(0).all()
+    assert evidence_of(store).where(autocast="none").summary["bound_ms"].gt(0).all()
 
 
 @pytest.mark.parametrize("lacking", [{"precision": "float32", "side": 2048}, {"operation": "sum"}])
@@ -298,7 +300,7 @@ def test_a_cpu_that_lacks_one_record_of_a_ceiling_has_times_without_floors(
     kept = [record for record in peak_records(TOY) if not lacking.items() <= record.case.items()]
     assert len(kept) < len(peak_records(TOY))
     publish(store, TOY, kept, "machine_peaks")
-    summary = evidence_of(store).summary
+    summary = evidence_of(store).where(autocast="none").summary
     assert summary["bound_ms"].isna().all()
     assert list(summary[summary["status"] == "ok"]["mean_ms"]) == [3.0]
 
@@ -306,7 +308,7 @@ def test_a_cpu_that_lacks_one_record_of_a_ceiling_has_times_without_floors(
 def test_a_ceiling_of_another_precision_is_not_needed_for_the_floors_of_float32(store: Store) -> None:
     publish(store, TOY, [record_of(laptop_case())])
     publish(store, TOY, [each for each in peak_records(TOY) if each.case["precision"] == "float32"], "machine_peaks")
-    assert evidence_of(store).summary["bound_ms"].gt(0).all()
+    assert evidence_of(store).where(autocast="none").summary["bound_ms"].gt(0).all()
 
 
 def with_instructions(sets: list[str]) -> Machine:
@@ -333,14 +335,14 @@ def test_a_record_of_another_source_is_shown_stale_and_its_time_kept(store: Stor
     now = source_hashes(transformer_step)
     other = {"source": {**now, "measure": "another"}}
     publish(store, TOY, [dataclasses.replace(record_of(laptop_case()), fingerprint=other)])
-    row = evidence_of(store).case(size="tiny", context_length=128, phase="step")
+    row = evidence_of(store).case(size="tiny", context_length=128, phase="step", autocast="none")
     assert row.stale == "measure changed"
     assert row.mean_ms == 3.0
 
 
 def test_a_published_record_is_compared_by_its_source_alone(store: Store) -> None:
     publish(store, TOY, [fresh(record_of(laptop_case()), torch="0.1", threads=99)])
-    assert evidence_of(store).case(size="tiny", context_length=128, phase="step").stale == ""
+    assert evidence_of(store).case(size="tiny", context_length=128, phase="step", autocast="none").stale == ""
 
 
 def test_a_record_of_this_machine_is_compared_by_its_versions_too(store: Store) -> None:
@@ -349,13 +351,13 @@ def test_a_record_of_this_machine_is_compared_by_its_versions_too(store: Store) 
     same, other = (dataclasses.replace(record_of(case), fingerprint=today) for case in cases)
     record_here(store, [same, dataclasses.replace(other, fingerprint={**today, "torch": "0.1"})])
     found = evidence_of(store)
-    assert found.case(size="tiny", context_length=128, phase="step").stale == ""
-    assert "torch 0.1 →" in found.case(size="tiny", context_length=128, phase="forward").stale
+    assert found.case(size="tiny", context_length=128, phase="step", autocast="none").stale == ""
+    assert "torch 0.1 →" in found.case(size="tiny", context_length=128, phase="forward", autocast="none").stale
 
 
 def test_own_records_that_came_from_another_machine_are_compared_by_their_source_alone(store: Store) -> None:
     record_here(store, [fresh(record_of(laptop_case()), torch="0.1")], machine=TOY)
-    assert evidence_of(store).case(size="tiny", context_length=128, phase="step").stale == ""
+    assert evidence_of(store).case(size="tiny", context_length=128, phase="step", autocast="none").stale == ""
 
 
 # This checkout's own ceilings ----------------------------------------------------------------------------------
@@ -531,7 +533,7 @@ def test_how_many_cases_have_a_record_counts_those_that_are_asked_for(store: Sto
 )
 def test_a_case_in_words_is_marked_as_noisy_and_stale(store: Store, changes: dict[str, Any], marks: str) -> None:
     publish(store, TOY, [dataclasses.replace(fresh(record_of(laptop_case())), **changes)])
-    row = evidence_of(store).case(size="tiny", context_length=128, phase="step")
+    row = evidence_of(store).case(size="tiny", context_length=128, phase="step", autocast="none")
     assert presentation.measured_text(row) == f"3.0 ± 1.0{marks}"
 
 

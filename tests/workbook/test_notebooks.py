@@ -118,9 +118,13 @@ def plain(value: Any) -> Any:
 
 @every_notebook
 def test_the_values_in_the_parameters_cell_are_the_defaults_of_the_grids(path: Path) -> None:
+    """Of an experiment that several notebooks read, those of the first: what the others ask of it is their own."""
     notebook = notebook_of(path)
     parameters = notebook_parameters(notebook)
-    for experiment in notebook.experiments:
+    earlier = {
+        name for each in load_index().notebooks_there() if each.name < notebook.name for name in each.experiments
+    }
+    for experiment in set(notebook.experiments) - earlier:
         for name, default in grid_parameters(load_experiment(experiment)).items():
             if name in parameters:
                 assert plain(parameters[name]) == plain(default), f"{name} of {experiment}"

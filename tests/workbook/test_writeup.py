@@ -36,7 +36,8 @@ from cs336_systems.workbook.index import load_index
 from cs336_systems.workbook.writeup import draft
 
 INDEX = load_index()
-HERE = '<% set here = machines("transformer_step", "p")[0] %>\n'
+EVERYTHING = '<% set here = machines("transformer_step", "p")[0] %>\n'
+HERE = EVERYTHING.replace(" %>", '.where(autocast="none") %>')
 MEASURED = 'here.case(size="tiny", context_length=128, phase="step")'
 Render = Callable[..., Draft]
 
@@ -383,6 +384,21 @@ def test_two_parts_of_a_grid_have_names_of_their_own_and_references_to_each(
 def test_two_parts_without_names_of_their_own_are_a_fault(render: Render) -> None:
     with pytest.raises(UserError, match="two tables or figures are called 'tbl-p-transformer_step-toy-1c'"):
         render(PARTS.replace(".called(size)", ""))
+
+
+def test_records_can_be_shown_by_another_presentation_under_its_name(render: Render, store: Store) -> None:
+    publish(store, TOY, [record_of(laptop_case(autocast=each)) for each in ("none", "bfloat16")])
+    shown = f"{EVERYTHING}<< here.table() >>\n\n<< here.presented_by('mixed_precision').table() >>\n"
+    document = render(shown)
+    own, other = document.tables.values()
+    assert list(document.blocks) == [
+        "tbl-p-transformer_step-toy-1c",
+        "tbl-p-transformer_step-mixed_precision-toy-1c",
+    ]
+    assert "times as fast" in other.headings
+    assert "times as fast" not in own.headings
+    with pytest.raises(UserError, match="unknown experiment 'mixed'"):
+        render(shown.replace("mixed_precision", "mixed"))
 
 
 @pytest.mark.parametrize("flavour", ["github", "html", "typst"])
