@@ -37,11 +37,11 @@ from cs336_systems.bench.timing import describe, float32_matmul_precision, time_
 from cs336_systems.compilation import blocks_of
 from cs336_systems.experiments import transformer_step
 from cs336_systems.experiments.transformer_step import bound_ms, item_sizes
-from cs336_systems.model import SIZES, TransformerConfig, model_size
+from cs336_systems.model import SIZES, TransformerConfig, TransformerLM, model_size
 from cs336_systems.step import BuiltStep, build_step, size_name
 
 LAPTOP_CONTEXTS: Mapping[str, Sequence[int]] = {"tiny": [256]}
-POLICIES = ("none", "every-1", "every-2", "every-3", "every-4", "every-6", "every-12", "selective", "nested")
+POLICIES = ("none", "every-1", "every-2", "every-4", "every-8", "selective", "nested")
 DEPTH_POLICIES = ("none", "every-1", "nested", "from-start")
 NARROW = TransformerConfig(d_model=16, d_ff=16, num_layers=1, num_heads=1, vocab_size=16, context_length=64)
 """The model whose depth grows, and the batch that it sees."""
@@ -60,10 +60,12 @@ class Case(transformer_step.Case):
 
     @property
     def size(self) -> str:
-        """The name of the size, whatever its context length and number of blocks, "narrow" or "custom"."""
+        """The name of the size, whatever its context length, blocks and vocabulary, "narrow" or "custom"."""
         if is_of_depth(self):
             return "narrow"
-        names = (size_name(dataclasses.replace(self.config, num_layers=size.num_layers)) for size in SIZES.values())
+        own = ((size.num_layers, size.vocab_size) for size in SIZES.values())
+        configs = (dataclasses.replace(self.config, num_layers=layers, vocab_size=words) for layers, words in own)
+        names = map(size_name, configs)
         return next((name for name in names if name != "custom"), "custom")
 
     def __str__(self) -> str:
@@ -73,11 +75,12 @@ class Case(transformer_step.Case):
 def grid(
     *,
     contexts: Mapping[str, Sequence[int]] = LAPTOP_CONTEXTS,
-    layers: int | None = 12,
+    layers: int | None = 8,
+    vocab_size: int | None = 512,
     policies: Sequence[str] = POLICIES,
     depths: Sequence[int] = (2, 4, 8, 16, 32),
     depth_policies: Sequence[str] = DEPTH_POLICIES,
-    batch_size: int = 1,
+    batch_size: int = 2,
     phase: str = "forward-backward",
     autocast: str | Sequence[str] = "none",
     compile: str | Sequence[str] = "none",
@@ -94,6 +97,7 @@ def grid(
 
     Args:
         layers: blocks in the place of each size's own; None for its own.
+        vocab_size: the same of the vocabulary: the logits of a large one would hide what few narrow blocks hold.
 
     Raises:
         UserError: an unknown name or an impossible value.
@@ -103,10 +107,11 @@ def grid(
     cells: list[grids.Cell[Case]] = []
     for name, lengths in contexts.items():
         size = model_size(name)
-        deep = dataclasses.replace(size, num_layers=size.num_layers if layers is None else layers)
+        given = {"num_layers": layers, "vocab_size": vocab_size}
+        size = dataclasses.replace(size, **{name: value for name, value in given.items() if value is not None})
         cells += grids.product(
             Case,
-            **dataclasses.asdict(deep) | {"context_length": lengths},
+            **dataclasses.asdict(size) | {"context_length": lengths},
             batch_size=batch_size,
             autocast=autocast,
             compile=compile,
@@ -142,8 +147,8 @@ def measure(case: Case, on_part: OnPart) -> Measurement:
     """Time the steps of one case, then count what one allocates and does.
 
     Samples: `step_ms`, `warmup_ms`, and on a GPU `device_ms` by CUDA events. Values: `peak_bytes`, on top of
-    `before_bytes`, which were there; of eager code `flops` of all products, and `block_runs`, how often the forward of
-    each block ran.
+    `before_bytes`, which were there; of eager code `flops` of all products, and of our model `block_runs`, how often
+    the forward of each block ran.
 
     Raises:
         OutOfMemory: what is known that the step must hold is more than is available.
@@ -178,11 +183,14 @@ def tensors_of(step: BuiltStep) -> list[torch.Tensor]:
 
 
 def count_work(step: BuiltStep) -> dict[str, Any]:
-    """The products of one step by PyTorch's counter, and how often each block's forward is called in it."""
+    """The products of one step by PyTorch's counter; of our model also how often each block's forward runs in it.
+
+    It is seen by its attention, which runs once in a forward of the block, and of which a selective checkpoint is half.
+    """
     runs: Counter[int] = Counter()
-    blocks = blocks_of(step.model)
+    blocks = blocks_of(step.model) if isinstance(step.model, TransformerLM) else []
     handles = [
-        block.register_forward_pre_hook(lambda *_, number=number: runs.update([number]))
+        block.get_submodule("attn").register_forward_pre_hook(lambda *_, number=number: runs.update([number]))
         for number, block in enumerate(blocks)
     ]
     try:

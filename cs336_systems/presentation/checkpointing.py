@@ -345,7 +345,7 @@ def best_measured(rows: pd.DataFrame) -> Finding | None:
         order = group.sort_values("peak_bytes")
         least, then = order.iloc[0], order.iloc[1]
         texts.append(
-            f"{model_in_words(least.drop('checkpointing'))}: {least['checkpointing']} with "
+            f"{model_in_words(pd.Series({**least, 'checkpointing': 'none'}))}: {least['checkpointing']} with "
             f"{bytes_in_words(least['peak_bytes'])}, before {then['checkpointing']} with "
             f"{bytes_in_words(then['peak_bytes'])}"
         )
