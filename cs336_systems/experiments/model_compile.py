@@ -120,8 +120,8 @@ class Case:
 
     def step(self, phase: str, mode: str = EAGER) -> StepConfig:
         """One phase of one form as a step."""
-        names = {field.name for field in dataclasses.fields(StepConfig)} - {"phase", "compile"}
-        return StepConfig(phase=phase, compile=mode, **{name: getattr(self, name) for name in names})
+        shared = {field.name for field in dataclasses.fields(StepConfig)} & vars(self).keys()
+        return StepConfig(phase=phase, compile=mode, **{name: getattr(self, name) for name in shared})
 
     @property
     def config(self) -> TransformerConfig:
