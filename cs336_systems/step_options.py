@@ -13,6 +13,7 @@ from pathlib import Path
 from cs336_systems.attention.backends import NAMES
 from cs336_systems.bench.machine import resolve_device
 from cs336_systems.bench.records import Store
+from cs336_systems.checkpointing import POLICIES
 from cs336_systems.compilation import MODES as COMPILE_MODES
 from cs336_systems.errors import UserError
 from cs336_systems.experiments.transformer_step import Case
@@ -57,6 +58,11 @@ def add_model_options(parser: argparse.ArgumentParser, *, several_contexts: bool
         "--formulation", default="reference", help="reference (the course's operators) or fused (default: reference)"
     )
     model.add_argument("--rope", default="2025", help="form of the rotary embedding: 2025 or 2026 (default: 2025)")
+    model.add_argument(
+        "--checkpointing",
+        default="none",
+        help=f"what of the blocks backward computes again: {', '.join(POLICIES)} (default: none)",
+    )
     model.add_argument("--model", help="somebody else's model as module:Class, with the course's constructor")
 
 
@@ -142,6 +148,7 @@ def build_case(arguments: argparse.Namespace, config: TransformerConfig, phase: 
         formulation=arguments.formulation,
         optimizer=arguments.optimizer,
         rope=arguments.rope,
+        checkpointing=arguments.checkpointing,
         model=arguments.model,
         warmup=arguments.warmup,
         steps=arguments.steps,

@@ -42,6 +42,7 @@ def main(argv: list[str] | None) -> int:
         formulation=arguments.formulation,
         optimizer=arguments.optimizer,
         rope=arguments.rope,
+        checkpointing=arguments.checkpointing,
         model=arguments.model,
     )
     if arguments.find is not None:

@@ -302,7 +302,7 @@ def known_sizes(case: Case) -> dict[str, int]:
 def is_accounted(case: Case) -> bool:
     """Whether it is known what a case's blocks save."""
     is_ours = case.model is None and case.attention == "reference" and case.compile == "none"
-    return is_ours and case.phase != "inference"
+    return is_ours and case.phase != "inference" and case.checkpointing == "none"
 
 
 def choices_of(case: Case) -> dict[str, Any]:

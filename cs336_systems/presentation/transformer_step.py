@@ -46,6 +46,7 @@ _CHOICES = (
     "formulation",
     "optimizer",
     "rope",
+    "checkpointing",
     "model",
 )
 _PLAIN = {
@@ -56,6 +57,7 @@ _PLAIN = {
     "formulation": "reference",
     "optimizer": "reference",
     "rope": "2025",
+    "checkpointing": "none",
 }
 
 _GOOD_PREDICTION = 0.10
