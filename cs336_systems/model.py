@@ -20,8 +20,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import partial
 from types import MappingProxyType
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +31,16 @@ from torch import Tensor, nn
 
 from cs336_systems.attention.backends import resolve_attention
 from cs336_systems.attention.inputs import in_autocast_precision
+from cs336_systems.checkpointing import (
+    checkpoint_layers,
+    parse_policy,
+    plan_of,
+    rerun_but_for_attention,
+    rerun_in_backward,
+    run_plan,
+)
 from cs336_systems.errors import UserError, unknown_name
-from cs336_systems.object_reference import load_object
+from cs336_systems.object_reference import is_object_reference, load_object
 from cs336_systems.profiling.ranges import named_range
 
 RopeYear = Literal["2025", "2026"]
@@ -250,17 +259,34 @@ class TransformerBlock(nn.Module):
     """x + attention(norm(x)), then + ffn(norm(·))."""
 
     def __init__(
-        self, config: TransformerConfig, rope: RotaryEmbedding, attention: str, formulation: Formulation
+        self,
+        config: TransformerConfig,
+        rope: RotaryEmbedding,
+        attention: str,
+        formulation: Formulation,
+        *,
+        keeps_ends_alone: bool = False,
     ) -> None:
+        """`keeps_ends_alone`: of either half the input alone is kept for backward; see `checkpointing`."""
         super().__init__()
+        self.keeps_ends_alone = keeps_ends_alone
+        self.draws_random_numbers = is_object_reference(attention)  # nobody knows
         self.ln1 = RMSNorm(config.d_model, formulation=formulation)
         self.attn = CausalSelfAttention(config, rope, attention, formulation)
         self.ln2 = RMSNorm(config.d_model, formulation=formulation)
         self.ffn = SwiGLU(config.d_model, config.d_ff, formulation)
 
     def forward(self, x: Float[Tensor, "batch seq d_model"]) -> Float[Tensor, "batch seq d_model"]:
+        if not self.keeps_ends_alone:
+            return self.with_feed_forward(self.with_attention(x))
+        x = rerun_but_for_attention(self.with_attention, x, preserve_rng_state=self.draws_random_numbers)
+        return rerun_in_backward(self.with_feed_forward, x)
+
+    def with_attention(self, x: Float[Tensor, "batch seq d_model"]) -> Float[Tensor, "batch seq d_model"]:
         with named_range("attention"):
-            x = x + self.attn(self.ln1(x))
+            return x + self.attn(self.ln1(x))
+
+    def with_feed_forward(self, x: Float[Tensor, "batch seq d_model"]) -> Float[Tensor, "batch seq d_model"]:
         with named_range("feed-forward"):
             return x + self.ffn(self.ln2(x))
 
@@ -273,7 +299,7 @@ class TransformerLM(nn.Module):
     are PyTorch's defaults at the time (`with torch.device("cuda"): …`).
 
     Raises:
-        UserError: an invalid size, or an unknown rope, attention or formulation.
+        UserError: an invalid size, or an unknown rope, attention, formulation or checkpointing.
     """
 
     def __init__(
@@ -289,15 +315,22 @@ class TransformerLM(nn.Module):
         rope: RopeYear = "2025",
         attention: str = "reference",
         formulation: Formulation = "reference",
+        checkpointing: str = "none",
     ) -> None:
         super().__init__()
         check_choices(rope, formulation)
+        policy = parse_policy(checkpointing, num_layers)
         self.config = config = TransformerConfig(
             d_model, d_ff, num_layers, num_heads, vocab_size, context_length, rope_theta
         )
         self.token_embeddings = Embedding(vocab_size, d_model)
         rotary = RotaryEmbedding(context_length, config.head_dim, rope_theta, rope)
-        self.layers = nn.ModuleList(TransformerBlock(config, rotary, attention, formulation) for _ in range(num_layers))
+        self.layers = nn.ModuleList(
+            TransformerBlock(config, rotary, attention, formulation, keeps_ends_alone=policy.name == "selective")
+            for _ in range(num_layers)
+        )
+        self.plan = plan_of(policy, num_layers)
+        self.draws_random_numbers = is_object_reference(attention)  # nobody knows
         self.ln_final = RMSNorm(d_model, formulation=formulation)
         self.lm_head = Linear(d_model, vocab_size, formulation)
 
@@ -307,11 +340,14 @@ class TransformerLM(nn.Module):
                 f"{tokens.shape[-1]} tokens are more than the model's context_length {self.config.context_length}"
             )
         x = self.token_embeddings(tokens)
-        for index, layer in enumerate(self.layers):
-            with named_range("block", index):
-                x = layer(x)
+        blocks = [partial(self._run_block, index) for index in range(len(self.layers))]
+        x = run_plan(self.plan, blocks, x, preserve_rng_state=self.draws_random_numbers)
         with named_range("logits"):
             return self.lm_head(self.ln_final(x))
+
+    def _run_block(self, index: int, x: Float[Tensor, "batch seq d_model"]) -> Float[Tensor, "batch seq d_model"]:
+        with named_range("block", index):
+            return self.layers[index](x)
 
 
 def check_choices(rope: str, formulation: str) -> None:
@@ -329,16 +365,21 @@ def build_model(
     rope: RopeYear = "2025",
     attention: str = "reference",
     formulation: Formulation = "reference",
+    checkpointing: str = "none",
 ) -> nn.Module:
     """Ours, or the one that `model` names as `module:Class`, with the course's constructor arguments.
 
+    `checkpointing` is of either, of somebody else's if it keeps its blocks as `checkpoint_layers` asks.
+
     Raises:
         UserError: somebody else's model together with a choice that only ours has; the class cannot be imported
-            or does not take the course's arguments.
+            or does not take the course's arguments; a checkpointing that is unknown or not possible.
     """
     choices = {"rope": rope, "attention": attention, "formulation": formulation}
     if model is None:
-        return TransformerLM(**config.course_arguments(), **choices)  # type: ignore[arg-type]
+        ours: dict[str, Any] = {**config.course_arguments(), **choices, "checkpointing": checkpointing}
+        return TransformerLM(**ours)
+    policy = parse_policy(checkpointing, config.num_layers)
     defaults = {"rope": "2025", "attention": "reference", "formulation": "reference"}
     changed = [name for name, value in choices.items() if value != defaults[name]]
     if changed:
@@ -351,4 +392,5 @@ def build_model(
         raise UserError(f"{model} does not take the course's arguments ({names}): {error}") from error
     if not isinstance(built, nn.Module):
         raise UserError(f"{model} must build a torch.nn.Module, found {type(built).__name__}")
+    checkpoint_layers(built, policy)
     return built

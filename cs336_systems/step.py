@@ -20,6 +20,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from cs336_systems.attention.backends import attention_source
+from cs336_systems.checkpointing import is_nested, parse_policy, plan_of
 from cs336_systems.compilation import MODES as COMPILE_MODES
 from cs336_systems.compilation import compile_model
 from cs336_systems.errors import UserError, unknown_name
@@ -64,6 +65,8 @@ class StepConfig:
     formulation: str = "reference"
     optimizer: str = "reference"
     rope: str = "2025"
+    checkpointing: str = "none"
+    """What of the blocks is computed again in backward: a policy of `checkpointing.py`."""
     model: str | None = None
     """Somebody else's model as `module:Class`; None for ours."""
 
@@ -81,6 +84,17 @@ class StepConfig:
             if getattr(self, name) not in known:
                 raise unknown_name(name, getattr(self, name), known)
         self.require_whole("batch_size", 1)
+        policy = parse_policy(self.checkpointing, self.num_layers)
+        if self.compile == "model" and is_nested(plan_of(policy, self.num_layers)):
+            raise UserError(
+                f"checkpointing {policy} does not go with compile model: within one compiled graph a checkpoint inside "
+                "another is none. Compile the blocks, or choose every-K"
+            )
+        if self.model is not None and self.checkpointing != "none" and self.compile == "blocks":
+            raise UserError(
+                f"compile blocks and checkpointing {self.checkpointing} do not go together for {self.model}, whose own "
+                "loop calls the blocks: compile the model"
+            )
 
     def require_whole(self, name: str, least: int) -> None:
         """Raise a UserError unless a field is a whole number of at least `least`."""
@@ -161,19 +175,27 @@ def build_step(chosen: StepConfig) -> BuiltStep:
             rope=chosen.rope,  # type: ignore[arg-type]
             attention=chosen.attention,
             formulation=chosen.formulation,  # type: ignore[arg-type]
+            checkpointing=chosen.checkpointing,
         )
         batch = torch.randint(chosen.vocab_size, (2, chosen.batch_size, chosen.context_length))
     # Ours is made as it should be; on tensors without data a conversion would fail even where it changes nothing.
     if any(each.device.type != chosen.device or each.dtype != dtype for each in model.parameters()):
         model.to(device=chosen.device, dtype=dtype)
-    tokens, targets = batch
     if chosen.model is not None:
-        require_logits(chosen, model, tokens)
+        require_logits(chosen, model, batch[0])
     optimizer = build_optimizer(chosen.optimizer, model.parameters())
-    cross_entropy = LOSSES[chosen.formulation]
     if chosen.compile != "none":
         torch.compiler.reset()  # nothing compiled by an earlier case is used
         compile_model(model, chosen.compile)
+    return step_of(chosen, model, optimizer, batch)
+
+
+def step_of(
+    chosen: StepConfig, model: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: torch.Tensor
+) -> BuiltStep:
+    """The chosen phase of a model that is there already, compiled or not; `run` gives the logits of a forward."""
+    tokens, targets = batch
+    cross_entropy = LOSSES[chosen.formulation]
 
     def autocast() -> contextlib.AbstractContextManager[Any]:
         if chosen.autocast == "none":

@@ -72,6 +72,16 @@ def add_precision_options(step: argparse._ArgumentGroup) -> None:
     )
 
 
+def add_compute_options(step: argparse._ArgumentGroup) -> None:
+    """Add the options of a step that change its time and not its tensors."""
+    step.add_argument(
+        "--float32-matmul",
+        default="highest",
+        help=f"float32 products: {' or '.join(FLOAT32_MATMUL)} (TF32; default: highest)",
+    )
+    step.add_argument("--compile", default="none", help=f"torch.compile: {', '.join(COMPILE_MODES)} (default: none)")
+
+
 def add_step_options(
     parser: argparse.ArgumentParser, *, several_contexts: bool = False, steps: int = 10
 ) -> argparse._ArgumentGroup:
@@ -87,12 +97,7 @@ def add_step_options(
         "--phase", nargs="+", default=["step"], help=f"one or more of {', '.join(PHASES)} (default: step)"
     )
     add_precision_options(step)
-    step.add_argument(
-        "--float32-matmul",
-        default="highest",
-        help=f"float32 products: {' or '.join(FLOAT32_MATMUL)} (TF32; default: highest)",
-    )
-    step.add_argument("--compile", default="none", help=f"torch.compile: {', '.join(COMPILE_MODES)} (default: none)")
+    add_compute_options(step)
     step.add_argument("--device", default="auto", help="cpu, cuda or auto (default: auto)")
     timing = parser.add_argument_group("timing")
     timing.add_argument("--warmup", type=int, default=5, help="steps before the measured ones (default: 5)")

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -33,6 +33,10 @@ FIELDS = {"context": "context_length", "batch": "batch_size"}
 _NODES = {"context": (48, 80, 112), "batch": (2, 3, 5)}
 MOST = 2**24
 """No search goes further: a context beyond sixteen million tokens is a mistake."""
+
+
+class NothingFits(UserError):
+    """Not even a length of one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,26 +71,31 @@ class Growth:
             )
         self.events = recorded[0]
         sizes = zip(*(_sizes(events) for events in recorded), strict=True)
-        self._sizes = dict(zip(_births(self.events), sizes, strict=True))
+        self._parabolas = dict(zip(_births(self.events), (_parabola(self.nodes, each) for each in sizes), strict=True))
 
     def at(self, length: int) -> tuple[Event, ...]:
         """The events of a step at `length`."""
+        # Constructors by position: a search makes millions of these.
         made: dict[int, Allocation] = {}
+        events = []
         for event in self.events:
-            if event.is_birth and event.allocation is not None:
-                size = _through(self.nodes, self._sizes[id(event.allocation)], length)
-                made[id(event.allocation)] = dataclasses.replace(event.allocation, requested_bytes=size)
-        return tuple(
-            event if event.allocation is None else dataclasses.replace(event, allocation=made[id(event.allocation)])
-            for event in self.events
-        )
+            old = event.allocation
+            if old is None:
+                events.append(event)
+                continue
+            if event.is_birth:
+                size = self._parabolas[id(old)].at(length)
+                made[id(old)] = Allocation(size, old.operator, old.ranges, old.kind)
+            events.append(Event(made[id(old)], event.is_birth))
+        return tuple(events)
 
 
 def longest_context(chosen: StepConfig, gpu: str) -> Longest:
     """The longest context of a step that fits on a GPU, to the token; the context of `chosen` is not looked at.
 
     Raises:
-        UserError: an unknown GPU; not even one token fits; a choice that cannot be followed.
+        NothingFits: not even one token does.
+        UserError: an unknown GPU; a choice that cannot be followed.
     """
     return _largest(chosen, "context", gpu)
 
@@ -140,16 +149,17 @@ def _held(chosen: StepConfig) -> int:
     return resident_bytes(chosen.config, phase, itemsize=getattr(torch, chosen.dtype).itemsize)
 
 
-def _nothing_fits(axis: Axis, gpu: str, ends_in: str) -> UserError:
-    return UserError(
+def _nothing_fits(axis: Axis, gpu: str, ends_in: str) -> NothingFits:
+    return NothingFits(
         f"not even a {axis} of 1 fits on {gpu}, which can give {gpu_peaks(gpu).usable_bytes / 2**30:.1f} GiB: memory "
         f"ends in {ends_in}. Take a smaller size, a larger GPU or another phase"
     )
 
 
 def _with_length(chosen: StepConfig, axis: Axis, length: int) -> StepConfig:
-    changed: dict[str, Any] = {FIELDS[axis]: length}
-    return dataclasses.replace(chosen, **changed)
+    """The step of `chosen`, and nothing else that a case may say, at another length."""
+    fields = {field.name: getattr(chosen, field.name) for field in dataclasses.fields(StepConfig)}
+    return StepConfig(**fields | {FIELDS[axis]: length})
 
 
 def _births(events: tuple[Event, ...]) -> list[int]:
@@ -174,19 +184,28 @@ def _structure(events: tuple[Event, ...]) -> tuple[tuple[int, bool, str, str], .
     )
 
 
-def _through(nodes: tuple[int, int, int], values: tuple[int, ...], length: int) -> int:
-    """The value at `length` of the parabola through three points, in whole numbers."""
-    total, common = 0, 1
-    for node in nodes:
-        for other in nodes:
-            common *= 1 if node == other else node - other
-    for node, value in zip(nodes, values, strict=True):
-        numerator, denominator = 1, 1
-        for other in nodes:
-            if other != node:
-                numerator *= length - other
-                denominator *= node - other
-        total += value * numerator * (common // denominator)
-    quotient, rest = divmod(total, common)
-    assert rest == 0, "a tensor's bytes are a whole number at every length"
-    return quotient
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Parabola:
+    """(c₀ + c₁·x + c₂·x²) / divisor, in whole numbers."""
+
+    constant: int
+    linear: int
+    square: int
+    divisor: int
+
+    def at(self, x: int) -> int:
+        return (self.constant + x * (self.linear + x * self.square)) // self.divisor
+
+
+def _parabola(nodes: tuple[int, int, int], values: tuple[int, ...]) -> _Parabola:
+    """The parabola through three points, by Newton's divided differences."""
+    (x0, x1, x2), (y0, y1, y2) = nodes, values
+    divisor = (x1 - x0) * (x2 - x1) * (x2 - x0)
+    first = (y1 - y0) * (x2 - x1) * (x2 - x0)  # the slopes, times the divisor
+    second = (y2 - y1) * (x1 - x0) - (y1 - y0) * (x2 - x1)
+    return _Parabola(
+        constant=y0 * divisor - first * x0 + second * x0 * x1,
+        linear=first - second * (x0 + x1),
+        square=second,
+        divisor=divisor,
+    )

@@ -7,15 +7,21 @@ have stayed in the last-level cache since the step before: of B distinct bytes t
 B − cache must come from memory. Small models on a CPU live in its cache, and a bound without this term would be
 broken by them.
 
+The same for a step as it is written (`operators_floor`): every operator is a kernel of its own, which takes at least as
+long as its FLOPs or its bytes, and the kernels run one after the other. What small tensors gain by staying in a cache
+between two operators is not in it: it is a floor for tensors that are larger than the cache.
+
 Source: Williams, Waterman & Patterson 2009, "Roofline".
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 from cs336_systems.analysis.flops import Work, compulsory_bytes, phase_work, total
-from cs336_systems.analysis.hardware import Peaks
+from cs336_systems.analysis.hardware import Peaks, product_precision
+from cs336_systems.analysis.operators import Operator
 from cs336_systems.model import TransformerConfig
 from cs336_systems.step import Phase
 
@@ -34,6 +40,23 @@ def bound(work: Work, peaks: Peaks, precision: str) -> Bound:
     compute_s = work.flops / peaks.rate(precision)
     memory_s = max(0, work.bytes - peaks.cache_bytes) / peaks.bandwidth_bytes_per_s
     return Bound(max(compute_s, memory_s), "memory" if memory_s > compute_s else "compute")
+
+
+def operators_floor(operators: Mapping[Operator, int], peaks: Peaks, float32_matmul: str = "highest") -> float:
+    """Seconds that operators, each so many times, take at the ceilings: Σ max(FLOPs / matrix rate, bytes / bandwidth).
+
+    Raises:
+        UserError: products of a precision that the device has no rate for.
+    """
+    return sum(max(operator_ceilings(kind, peaks, float32_matmul)) * times for kind, times in operators.items())
+
+
+def operator_ceilings(operator: Operator, peaks: Peaks, float32_matmul: str = "highest") -> tuple[float, float]:
+    """Seconds of one operator at the matrix rate of its precision, and at the bandwidth."""
+    compute_s = 0.0
+    if operator.flops:
+        compute_s = operator.flops / peaks.rate(product_precision(operator.precision, "none", float32_matmul))
+    return compute_s, operator.bytes / peaks.bandwidth_bytes_per_s
 
 
 def step_bound(

@@ -142,9 +142,10 @@ def measured_modules(experiment: ModuleType) -> list[str]:
     """What an experiment measures: the systems it imports, what those import, and other experiments it measures with.
 
     The measuring side is left out, except what times and what watches memory; so is an experiment that `measure` does
-    not name, whose results are only shown beside.
+    not name, whose results are only shown beside. What an experiment names as MEASURED_TOO counts as well.
     """
-    return sorted({*_closure(_measured_imports(experiment)), *_MEASURED_WITH})
+    measured_too = getattr(experiment, "MEASURED_TOO", ())
+    return sorted({*_closure(_measured_imports(experiment)), *_MEASURED_WITH, *measured_too})
 
 
 def _closure(waiting: list[str]) -> set[str]:

@@ -22,7 +22,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from cs336_systems.analysis import flops
 from cs336_systems.analysis.footprint import CPU, Footprint, plan_step
 from cs336_systems.analysis.hardware import GPUS, Peaks, identify_gpu, product_precision
+from cs336_systems.analysis.measured_times import predicted_columns
 from cs336_systems.analysis.published import PublishedSteps
+from cs336_systems.analysis.published_times import (
+    TablePrediction,
+    predict_table,
+    published_estimate,
+    published_tables,
+)
 from cs336_systems.analysis.roofline import bound, operators_seconds, step_bound
 from cs336_systems.bench import grid as grids
 from cs336_systems.bench.allocator import PeakMemory, available_bytes, describe_memory
@@ -31,6 +38,7 @@ from cs336_systems.bench.records import Measurement, Record, Store
 from cs336_systems.bench.report import bytes_in_words
 from cs336_systems.bench.sweep import OnPart, OutOfMemory
 from cs336_systems.bench.timing import describe, float32_matmul_precision, time_steps
+from cs336_systems.compilation import compiled_or_error
 from cs336_systems.errors import UserError
 from cs336_systems.model import model_size
 from cs336_systems.step import PHASES, PHASES_OF_TRAINING, Phase, StepConfig, build_step
@@ -137,7 +145,8 @@ def measure(case: Case, on_part: OnPart) -> Measurement:
         done += 1
         on_part(done / (case.warmup + case.steps))
 
-    with PeakMemory(case.device) as memory, float32_matmul_precision(case.float32_matmul):
+    products = float32_matmul_precision(case.float32_matmul)
+    with PeakMemory(case.device) as memory, products, compiled_or_error(case.compile):
         step = build_step(case)
         counted = count_products(step) if case.model is not None and case.compile == "none" else {}
         timing = time_steps(step, warmup=case.warmup, steps=case.steps, device=case.device, on_step=count_step)
@@ -186,7 +195,7 @@ def planned_values(plan: Footprint | None) -> dict[str, int]:
     return values | ({} if plan.device == CPU else {"planned_reserved_bytes": plan.peak_reserved_bytes})
 
 
-def require_memory(case: Case) -> Footprint | None:
+def require_memory(case: StepConfig) -> Footprint | None:
     """Refuse what cannot fit before it is built, and return the plan of what can; None where there is no plan.
 
     Raises:
@@ -293,7 +302,10 @@ def published_beside(published: PublishedSteps, case: Case) -> dict[str, float]:
 
 
 def predict(cases: Sequence[Case], peaks: Peaks) -> pd.DataFrame:
-    """One row per case: parameters, FLOPs, compulsory bytes and floor, from the architecture alone."""
+    """One row per case: parameters, FLOPs, compulsory bytes and floor, from the architecture alone.
+
+    `predicted_ms` is NaN but on a GPU that a published table of such steps is of.
+    """
     rows = []
     for case in cases:
         phase = checked_phase(case)
@@ -311,6 +323,7 @@ def predict(cases: Sequence[Case], peaks: Peaks) -> pd.DataFrame:
                 "bound_ms": floor_ms,
                 "bound_by": limited_by,
                 "ceilings": peaks.name,
+                "predicted_ms": 1e3 * published_estimate(case, peaks.name, Store.default().reference),
                 "planned_bytes": math.nan if (plan := plan_of(case, peaks.name)) is None else plan.peak_allocated_bytes,
             }
         )
@@ -324,7 +337,10 @@ def summarise(
     store: Store | None = None,
     fingerprint: Mapping[str, Any] | None = None,
 ) -> pd.DataFrame:
-    """One row per record: its times in milliseconds, floor, peak memory, and what others published.
+    """One row per record: its times in milliseconds, floor, prediction, peak memory, and what others published.
+
+    A step is predicted by the records of other sizes, where every one that is asked for is there, else on a GPU by the
+    published table of such steps; `matrix_fraction`, `bandwidth_fraction` and `host_step_us` are the constants.
 
     `fingerprint`: the current one, or as much of it as is to be compared; with it, stale records are marked.
     """
@@ -357,7 +373,8 @@ def summarise(
             **published_beside(published, case),
         }
         rows.append(row | {"times_bound": row["median_ms"] / floor_ms})
-    return pd.DataFrame(rows)
+    predicted = predicted_columns(rows, peaks, store.reference)
+    return pd.DataFrame([row | columns for row, columns in zip(rows, predicted, strict=True)])
 
 
 def published_autocast(store: Store | None = None) -> pd.DataFrame:
@@ -374,3 +391,8 @@ def published_autocast(store: Store | None = None) -> pd.DataFrame:
         expected = {f"{name}_operators_ms": operators_ms(each, GPUS["a100-40gb"]) for name, each in cases.items()}
         rows.append({"size": case.size, **row, **expected, "flops": flops.total(work.values()).flops})
     return pd.DataFrame(rows)
+
+
+def published_predictions(store: Store | None = None) -> list[TablePrediction]:
+    """Every published table of step times, each size predicted by the others."""
+    return [predict_table(table) for table in published_tables((store or Store.default()).reference)]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pandas as pd
 
 from cs336_systems.analysis.footprint import Footprint
 from cs336_systems.analysis.longest import Longest
-from cs336_systems.bench.report import Column, Table, bytes_in_words, number, percent, plural, verbatim
+from cs336_systems.bench.remarks import enumerated
+from cs336_systems.bench.report import Column, Finding, Table, bytes_in_words, number, percent, plural, verbatim
 from cs336_systems.step import StepConfig
 
 _FORMS = {"inference": "inference", "forward": "forward with autograd on", "forward-backward": "forward and backward"}
@@ -81,3 +84,28 @@ def largest(plan: Footprint) -> Table:
     ]
     shown = plural(len(rows), "group")
     return Table.of(rows, columns, caption=f"The largest {shown} of like allocations, as requested")
+
+
+def against_the_allocator(rows: pd.DataFrame, name: Callable[[pd.Series], str]) -> Finding | None:
+    """How far planned peaks are from those of a GPU's allocator; nothing of a CPU, which has no such count.
+
+    `name` says which row is meant. A deviation beyond one per cent is named, each with its size.
+    """
+    measured = rows[(rows["status"] == "ok") & (rows["device"] == "cuda")].dropna(subset=["planned_bytes"])
+    if not len(measured):
+        return None
+    off = measured["peak_bytes"].astype(float) / measured["planned_bytes"] - 1
+    exact = int((measured["peak_bytes"] == measured["planned_bytes"]).sum())
+    far = measured[off.abs() > NEAR]
+    texts = [f"{name(row)}: {100 * off[index]:+.2g} %" for index, row in far.iterrows()]
+    return Finding.checked(
+        f"The allocator's peaks are {100 * off.min():+.2g} to {100 * off.max():+.2g} % from the planned ones in "
+        f"{plural(len(measured), 'case')}, {exact} of them met to the byte",
+        not len(far),
+        so=f": none is further off than {percent(NEAR)}.",
+        but=f"; further off than {percent(NEAR)} are {enumerated(texts)}.",
+    )
+
+
+NEAR = 0.01
+"""How near a plan is to be to what the allocator says."""

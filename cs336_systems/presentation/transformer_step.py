@@ -31,6 +31,7 @@ from cs336_systems.bench.report import (
     with_deviation,
     within,
 )
+from cs336_systems.presentation.footprint import against_the_allocator
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,6 +57,8 @@ _PLAIN = {
     "optimizer": "reference",
     "rope": "2025",
 }
+
+_GOOD_PREDICTION = 0.10
 
 
 def prediction(predicted: pd.DataFrame) -> Table:
@@ -97,6 +100,7 @@ def _times() -> list[Column]:
     return [
         Column("mean ± std (ms)", measured_text),
         Column("median (ms)", lambda row: within(row.median_ms, row.std_ms)),
+        Column("predicted (ms)", lambda row: number(row.predicted_ms)),
         Column("floor (ms)", lambda row: number(row.bound_ms)),
         Column("median / floor", lambda row: number(row.times_bound, 2)),
     ]
@@ -314,11 +318,14 @@ def findings(summary: pd.DataFrame) -> Findings:
     if not summary["status"].isin(["ok", "missing"]).any():
         return Findings([Finding("No case has a time; the notes of the table say why.")])
     two_phases = summary[summary["phase"].isin(["forward", "forward-backward"])]
+    on_gpu = summary[summary["device"] == "cuda"]
     return Findings(
         [
             *Finding.from_all(two_phases, "How long backward takes beside forward", _backward_against_forward),
             *Finding.from_all(summary, "How much the times vary", _variability),
             *Finding.from_all(summary, "How near their floors the times come", _nearness),
+            *Finding.from_all(summary, "How well sizes predict one another", _predictability),
+            *Finding.from_all(on_gpu, "How near planned memory is to the allocator's", _planned_memory),
             *staleness(summary),
         ]
     )
@@ -386,6 +393,32 @@ def _nearness(rows: pd.DataFrame) -> Finding | None:
         so=". No time lies below its floor, as it must be.",
         but=". No time can lie below its floor: a ceiling is too low, or the work was not done as it is counted.",
     )
+
+
+def _predictability(rows: pd.DataFrame) -> Finding | None:
+    """Of every family of steps the constants, and how far a size is off that the others predict."""
+    measured = rows[rows["status"] == "ok"].dropna(subset=["predicted_ms", "host_step_us"])
+    if not len(measured):
+        return None
+    errors = (measured["predicted_ms"] / measured["median_ms"] - 1).abs()
+    constants = measured[["matrix_fraction", "bandwidth_fraction", "host_step_us"]].drop_duplicates()
+    told = "; ".join(
+        f"{percent(row.matrix_fraction)} of the matrix rate, {percent(row.bandwidth_fraction)} of the bandwidth and "
+        f"{number(row.host_step_us, 2)} µs for a step of the host"
+        for row in constants.itertuples()
+    )
+    return Finding.checked(
+        f"Predicted by the other sizes, with three constants ({told}, fitted to all), times are off by "
+        f"{percent(errors.mean())} in the mean and {percent(errors.max())} at most",
+        bool(errors.mean() < _GOOD_PREDICTION),
+        so=": operators, ceilings and three constants tell them.",
+        but=": three constants do not tell them; what a cache keeps, and memory that is new to the process, are in "
+        "none.",
+    )
+
+
+def _planned_memory(rows: pd.DataFrame) -> Finding | None:
+    return against_the_allocator(rows, _name)
 
 
 def _name(row: pd.Series) -> str:

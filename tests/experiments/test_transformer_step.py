@@ -12,8 +12,9 @@ from step_records import record_of
 
 from cs336_systems.analysis.footprint import plan_step
 from cs336_systems.analysis.hardware import Peaks, gpu_peaks
+from cs336_systems.analysis.step_time import Constants, estimate_seconds
 from cs336_systems.bench import sweep
-from cs336_systems.bench.records import Measurement, Store
+from cs336_systems.bench.records import Measurement, Record, Status, Store
 from cs336_systems.errors import UserError
 from cs336_systems.experiments import transformer_step
 from cs336_systems.experiments.transformer_step import Case
@@ -189,6 +190,41 @@ def test_the_prediction_needs_no_device_and_counts_what_the_summary_counts(store
     assert predicted.bound_ms == summary.bound_ms
     assert predicted.parameters == 128_625_408
     assert predicted.planned_bytes == plan_step(case, "h200").peak_allocated_bytes
+
+
+def records_of_sizes(status_of_last: Status = "ok") -> list[Record]:
+    """Of three sizes, with times that a machine at half its ceilings would have."""
+    cases = [
+        tiny(**size, context_length=context, phase=phase)
+        for size in ({}, {"num_layers": 2}, {"d_model": 64, "d_ff": 256})
+        for context in (8, 64)
+        for phase in ("forward", "step")
+    ]
+    seconds = [estimate_seconds(case, PEAKS, Constants(0.5, 0.5, 1e-5)) for case in cases]
+    records = [
+        record_of(case, measurement=Measurement({"step_ms": [1e3 * each]}, {}))
+        for case, each in zip(cases, seconds, strict=True)
+    ]
+    return [*records[:-1], dataclasses.replace(records[-1], status=status_of_last)]
+
+
+def test_steps_are_predicted_by_the_records_of_other_sizes_with_constants_of_all(store: Store) -> None:
+    summary = transformer_step.summarise(records_of_sizes(), PEAKS, store=store)
+    assert (summary["predicted_ms"] / summary["median_ms"] - 1).abs().mean() < 0.05
+    assert (summary["predicted_ms"] >= summary["bound_ms"]).all()
+    for name in ("matrix_fraction", "bandwidth_fraction", "host_step_us"):
+        assert summary[name].nunique() == 1
+    assert summary["host_step_us"].iloc[0] == pytest.approx(10.0, rel=0.05)
+
+
+def test_with_a_record_missing_no_step_of_its_family_is_predicted(store: Store) -> None:
+    summary = transformer_step.summarise(records_of_sizes("missing"), PEAKS, store=store)
+    assert summary["predicted_ms"].isna().all()
+
+
+def test_on_a_machine_without_records_and_published_times_nothing_is_predicted() -> None:
+    for peaks in (PEAKS, gpu_peaks("h200")):
+        assert transformer_step.predict([tiny()], peaks)["predicted_ms"].isna().all()
 
 
 def test_published_records_of_another_machine_get_that_machines_floor(store: Store) -> None:

@@ -48,6 +48,10 @@ def row(**changes: Any) -> dict[str, Any]:
         "median_ms": 10.0,
         "device": "cpu",
         "bound_ms": 5.0,
+        "predicted_ms": NAN,
+        "matrix_fraction": NAN,
+        "bandwidth_fraction": NAN,
+        "host_step_us": NAN,
         "bound_by": "compute",
         "bound_lacks": "",
         "times_bound": 2.0,
@@ -121,6 +125,17 @@ def test_a_sentence_that_the_data_contradict_says_so() -> None:
     assert first.holds is False
     assert "8.0 times" in str(first)
     assert "not the two times" in str(first)
+
+
+@pytest.mark.parametrize(("predicted_ms", "holds"), [(10.5, True), (13.0, False)])
+def test_what_other_sizes_predict_stands_beside_the_time_and_is_judged(predicted_ms: float, holds: bool) -> None:
+    known = {"predicted_ms": predicted_ms, "matrix_fraction": 0.8, "bandwidth_fraction": 0.5, "host_step_us": 6.4}
+    rows = summary(row(**known), row(phase="step", **known))
+    assert f"{predicted_ms:.1f}" in str(presentation.table(rows))
+    (said,) = (each for each in presentation.findings(rows) if each.text.startswith("Predicted by the other sizes"))
+    assert said.holds is holds
+    assert "80 % of the matrix rate, 50 % of the bandwidth and 6.4 µs for a step of the host" in said.text
+    assert not any("Predicted by" in each.text for each in presentation.findings(summary(*PAIR)))
 
 
 def test_noisy_times_are_not_compared() -> None:
@@ -240,24 +255,25 @@ def missing(**changes: Any) -> dict[str, Any]:
         "std_ms": NAN,
         "median_ms": NAN,
         "times_bound": NAN,
-        "planned_bytes=NAN, peak_bytes": None,
+        "planned_bytes": NAN,
+        "peak_bytes": None,
     }
     return row(**({"status": "missing", "reason": "run `what measures it`"} | nothing | changes))
 
 
 @pytest.mark.parametrize("hole", [missing(), missing(phase="forward-backward")], ids=["forward", "both"])
 def test_with_one_missing_row_every_sentence_about_its_grid_says_what_to_run(hole: dict[str, Any]) -> None:
-    whole = presentation.findings(summary(*PAIR))
     sentences = presentation.findings(summary(*PAIR, hole | {"context_length": 256}))
-    assert len(sentences) == len(whole) == 3
+    assert len(sentences) == 4
     for sentence, subject, count in zip(
         sentences,
         (
             "How long backward takes beside forward",
             "How much the times vary",
             "How near their floors the times come",
+            "How well sizes predict one another",
         ),
-        (3, 3, 3),
+        (3, 3, 3, 3),
         strict=True,
     ):
         assert str(sentence) == f"{subject} cannot be told: no record of 1 of {count} cases; run `what measures it`."
@@ -267,14 +283,14 @@ def test_with_one_missing_row_every_sentence_about_its_grid_says_what_to_run(hol
 def test_a_missing_full_step_does_not_keep_backward_from_being_compared_with_forward() -> None:
     sentences = presentation.findings(summary(*PAIR, missing(phase="step")))
     assert sentences[0] == presentation.findings(summary(*PAIR))[0]
-    assert ["cannot be told" in str(sentence) for sentence in sentences] == [False, True, True]
+    assert ["cannot be told" in str(sentence) for sentence in sentences] == [False, True, True, True]
 
 
 def test_of_a_grid_without_any_record_every_sentence_says_what_to_run() -> None:
     sentences = presentation.findings(summary(missing(), missing(phase="forward-backward")))
     assert ["no record of 2 of 2 cases; run `what measures it`" in str(sentence) for sentence in sentences] == [
         True
-    ] * 3
+    ] * 4
 
 
 def test_a_case_that_ran_out_of_memory_is_told_and_does_not_silence_the_sentences() -> None:

@@ -290,10 +290,8 @@ def test_the_records_are_where_the_last_line_says(
     assert len(list(said.glob("*.jsonl"))) == 1
 
 
-def test_somebody_elses_model_beside_the_caller_is_measured(tmp_path: Path) -> None:
-    """By a process of its own: what is importable depends on how Python was started and where."""
-    (tmp_path / "somebody.py").write_text(THEIRS)
-    data = Path(os.environ["CS336_DATA"])
+def run_apart(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The script in a process of its own, started in `folder`, with ceilings that need no measuring."""
     call = (
         f"import runpy, sys; sys.argv[0] = {str(SCRIPT)!r}; sys.path[0] = {str(SCRIPT.parent)!r}\n"
         "from cs336_systems.experiments import machine_peaks\n"
@@ -301,14 +299,40 @@ def test_somebody_elses_model_beside_the_caller_is_measured(tmp_path: Path) -> N
         "machine_peaks.ensure_peaks = lambda *_: GPUS['h200']\n"
         f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
     )
-    ended = subprocess.run(
-        [sys.executable, "-c", call, *DIMENSIONS, "--model", "somebody:Theirs"],
-        cwd=tmp_path,
+    return subprocess.run(
+        [sys.executable, "-c", call, *DIMENSIONS, *arguments],
+        cwd=folder,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=200,
         check=False,
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["model", "blocks"])
+def test_a_compiled_step_is_timed_and_its_record_says_how_it_was_compiled(tmp_path: Path, mode: str) -> None:
+    """By a process of its own: the types that tests check at every call are more than the compiler can trace."""
+    ended = run_apart(tmp_path, "--compile", mode, "--phase", "forward-backward")
+    assert ended.returncode == 0, ended.stderr
+    assert f"compile {mode}" in ended.stdout
+    (record,) = records()
+    assert (record.status, record.case["compile"]) == ("ok", mode)
+
+
+def test_a_step_that_cannot_be_compiled_as_asked_fails_and_says_why(tmp_path: Path) -> None:
+    (tmp_path / "somebody.py").write_text(THEIRS)
+    ended = run_apart(tmp_path, "--model", "somebody:Theirs", "--compile", "blocks")
+    assert ended.returncode == 2
+    assert "Theirs keeps no blocks in a ModuleList called `layers`" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_somebody_elses_model_beside_the_caller_is_measured(tmp_path: Path) -> None:
+    """By a process of its own: what is importable depends on how Python was started and where."""
+    (tmp_path / "somebody.py").write_text(THEIRS)
+    data = Path(os.environ["CS336_DATA"])
+    ended = run_apart(tmp_path, "--model", "somebody:Theirs")
     assert ended.returncode == 0, ended.stderr
     (record,) = (
         Store(local=data, published=tmp_path).local_records(this_machine("cpu").name, "transformer_step").values()
