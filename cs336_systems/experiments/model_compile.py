@@ -120,7 +120,7 @@ class Case:
 
     def step(self, phase: str, mode: str = EAGER) -> StepConfig:
         """One phase of one form as a step."""
-        names = {field.name for field in dataclasses.fields(StepConfig)} - {"phase", "compile"}
+        names = {field.name for field in dataclasses.fields(StepConfig)} - {"phase", "compile", "checkpointing"}
         return StepConfig(phase=phase, compile=mode, **{name: getattr(self, name) for name in names})
 
     @property
