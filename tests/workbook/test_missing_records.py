@@ -216,4 +216,5 @@ def test_without_any_machine_each_built_problem_that_measures_says_what_to_run(t
     for name in measured:
         assert TO_RUN in by_id[name].replace("python scripts/benchmark_step.py", "")
     assert TO_RUN in by_id["machines"]
-    assert text.count("run `python scripts/measure.py transformer_step`, then") == 3  # for two problems, and the head of the README
+    # For two problems, and the head of the README.
+    assert text.count("run `python scripts/measure.py transformer_step`, then") == 3
