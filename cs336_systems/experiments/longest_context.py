@@ -59,7 +59,7 @@ def grid(
     formulation: str | Sequence[str] = "reference",
     rope: str = "2025",
     model: str | None = None,
-    device: str = "cpu",
+    device: str = "auto",
 ) -> list[grids.Cell[Case]]:
     """Sizes × phases × autocast; a case plans all of the GPUs.
 
