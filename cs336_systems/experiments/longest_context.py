@@ -17,6 +17,7 @@ import pandas as pd
 from cs336_systems.analysis.hardware import GPUS, Peaks, gpu_peaks
 from cs336_systems.analysis.longest import NothingFits, longest_context
 from cs336_systems.bench import grid as grids
+from cs336_systems.bench.machine import resolve_device
 from cs336_systems.bench.records import Measurement, Record, Store
 from cs336_systems.bench.sweep import OnPart
 from cs336_systems.model import model_size
@@ -59,17 +60,17 @@ def grid(
     formulation: str | Sequence[str] = "reference",
     rope: str = "2025",
     model: str | None = None,
-    device: str = "cpu",
+    device: str = "auto",
 ) -> list[grids.Cell[Case]]:
     """Sizes × phases × autocast; a case plans all of the GPUs.
 
     Args:
-        device: taken as every grid takes it; a plan is made on the CPU, whatever the machine has.
+        device: as which machine this one keeps the record; the plan is the same from all.
 
     Raises:
         UserError: an unknown name or an impossible value.
     """
-    del device
+    where = resolve_device(device)
     cells: list[grids.Cell[Case]] = []
     for name in planned_sizes:
         size = model_size(name)
@@ -83,7 +84,7 @@ def grid(
             formulation=formulation,
             rope=rope,
             model=model,
-            device="cpu",
+            device=where,
         )
     return cells
 

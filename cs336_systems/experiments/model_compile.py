@@ -120,8 +120,8 @@ class Case:
 
     def step(self, phase: str, mode: str = EAGER) -> StepConfig:
         """One phase of one form as a step."""
-        shared = {field.name for field in dataclasses.fields(StepConfig)} & vars(self).keys()
-        return StepConfig(phase=phase, compile=mode, **{name: getattr(self, name) for name in shared})
+        names = {field.name for field in dataclasses.fields(StepConfig)} - {"phase", "compile", "checkpointing"}
+        return StepConfig(phase=phase, compile=mode, **{name: getattr(self, name) for name in names})
 
     @property
     def config(self) -> TransformerConfig:

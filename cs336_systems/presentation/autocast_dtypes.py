@@ -106,17 +106,9 @@ def findings(summary: pd.DataFrame) -> Findings:
     """The answer to (a), and where a CPU's autocast differs."""
     if not len(summary):
         return Findings([Finding("Nothing was observed: run `python scripts/measure.py autocast_dtypes`.")])
-    of_cuda = summary[summary["rules"] == "cuda"]
-    halves = list(dict.fromkeys(of_cuda["autocast"]))
     return Findings(
         [
-            *(
-                finding
-                for half in halves
-                for finding in Finding.from_all(
-                    of_cuda[of_cuda["autocast"] == half], f"What {half} autocast does on CUDA", _on_cuda
-                )
-            ),
+            *Finding.from_all(summary[summary["rules"] == "cuda"], "What autocast does on CUDA", _on_cuda),
             *Finding.from_all(summary, "Where a CPU's autocast differs", _on_a_cpu),
             *staleness(summary),
         ]
@@ -127,12 +119,16 @@ def _on_cuda(rows: pd.DataFrame) -> Finding | None:
     measured = rows[rows["status"] == "ok"]
     if not len(measured):
         return None
-    half = measured["autocast"].iloc[0]
-    how = "on a GPU" if measured["device"].iloc[0] == "cuda" else "by CUDA's rules on a CPU"
-    texts = [f"{row.observed} {row.dtype}" for row in measured.itertuples()]
-    off = [row.observed for row in measured.itertuples() if row.dtype != expected(row.observed, half)]
+    how = "On a GPU" if measured["device"].iloc[0] == "cuda" else "By CUDA's rules on a CPU"
+    texts, off = [], []
+    for half, group in measured.groupby("autocast", sort=False):
+        seen = ", ".join(f"{row.observed} {row.dtype}" for row in group.itertuples())
+        texts.append(f"under {half} autocast {seen}")
+        off += [
+            f"{row.observed} under {half}" for row in group.itertuples() if row.dtype != expected(row.observed, half)
+        ]
     return Finding.checked(
-        f"Under {half} autocast, {how}: {', '.join(texts)}",
+        f"{how}, {'; '.join(texts)}",
         not off,
         so=(
             ". So it is by the rules of the operators: products in half precision, norm and loss in float32; and "

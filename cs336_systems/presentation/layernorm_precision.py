@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from cs336_systems.analysis.cuda_autocast import rule_of
 from cs336_systems.bench import remarks
 from cs336_systems.bench.remarks import circumstances, marks, staleness
 from cs336_systems.bench.report import (
@@ -209,9 +210,9 @@ def _range_of_float16(rows: pd.DataFrame) -> Finding | None:
     return Finding.checked(
         f"In float16 the result is lost by: {'; '.join(texts)}. The largest number that a step takes or makes, against "
         f"float16's {number(steps['most'].iloc[0], 5)}, predicts {as_predicted} of {len(steps)} cells",
-        as_predicted == len(steps),
+        as_predicted == len(steps) and not {"input", "centre", "scale"} & set(firsts.index),
         so=": it is squares and sums that overflow, while the input and the result have plenty of room.",
-        but=", so that not all of it is overflow.",
+        but=": it is not the squares and sums alone that overflow, or not all of it is overflow.",
     )
 
 
@@ -270,7 +271,7 @@ def _below_eps(rows: pd.DataFrame) -> Finding | None:
         f"Where the variance is less than a tenth of eps ({EPS:g}), summing it up in half precision costs "
         f"{number(least, 2)} unit roundoffs at most; where it is more than ten times eps, {number(most, 2)} at least",
         bool(least < most),
-        so=": below eps its digits hardly matter, even where its squares are no more than a few of float16's smallest.",
+        so=": below eps its digits hardly matter.",
         but=": eps does not hide what it loses.",
     )
 
@@ -294,7 +295,7 @@ def _conclusion(rows: pd.DataFrame) -> Finding | None:
         )
     return Finding.checked(
         "; ".join(texts),
-        min(worst) > 2,
+        min(worst) > 2 and rule_of("layer_norm") == "float32",
         so=(
             ". So LayerNorm's statistics want float32 in both: in float16 for range and digits, in bfloat16 for digits "
             "alone. Autocast on CUDA therefore runs it in float32 whichever of the two is asked for."

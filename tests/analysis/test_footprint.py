@@ -124,6 +124,15 @@ def test_a_step_on_this_cpu_allocates_what_was_planned(phase: str, choices: dict
     assert measured_on_cpu(step) == plan.peak_allocated_bytes + unseen
 
 
+@pytest.mark.parametrize("policy", ["every-1", "every-2", "nested", "from-start", "selective"])
+def test_a_step_with_checkpoints_on_this_cpu_allocates_what_was_planned(policy: str) -> None:
+    """Each rerun of a block keeps its √d again, for as long as its backward needs it: one per block of a checkpoint."""
+    deep = dataclasses.replace(TINY, num_layers=4)
+    step = chosen(deep, phase="step", checkpointing=policy)
+    more = measured_on_cpu(step) - plan_step(step, CPU).peak_allocated_bytes
+    assert 0 <= more <= SCALE_BYTES * deep.num_layers
+
+
 # Relations -----------------------------------------------------------------------------------------------------
 
 

@@ -129,7 +129,9 @@ def test_all_is_everything_the_profile_names_and_the_ceilings_first(
     status_of(script, "--all", "--profile", "h200")
     of_steps, of_precision = ["transformer_step", "warmup", "step_profile"], ["mixed_precision_accumulation"]
     of_precision += ["autocast_dtypes", "layernorm_precision"]
-    names = ["machine_peaks", *of_steps, *of_precision, "memory_profile", "pytorch_attention", "flash_benchmarking"]
+    of_memory, of_attention = ["memory_profile", "longest_context", "checkpointing"], ["pytorch_attention"]
+    names = ["machine_peaks", *of_steps, *of_precision, *of_memory, *of_attention, "model_compile"]
+    names += ["flash_benchmarking"]
     assert [name for name, *_ in asked] == names
     assert [{each["device"] for each in grids} for _, grids, _ in asked] == [{"cuda"}] * len(names)
     assert asked[1][1][0]["steps"] == 10

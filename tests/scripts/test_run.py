@@ -159,7 +159,8 @@ def test_a_dry_run_prints_the_cases_and_the_minutes_and_measures_nothing(
     plan, _ = dry_run(script, capsys, "--profile", "h200")
     experiments = {"transformer_step", "warmup", "step_profile", "memory_profile"}
     experiments |= {"mixed_precision_accumulation", "autocast_dtypes", "layernorm_precision"}
-    assert set(plan) == experiments | {"pytorch_attention", "flash_benchmarking"}
+    experiments |= {"longest_context", "checkpointing", "pytorch_attention", "model_compile"}
+    assert set(plan) == experiments | {"flash_benchmarking"}
     # Five sizes at four contexts and one at two, three phases, with and without autocast.
     assert plan["transformer_step"]["cases"] == str((5 * 4 + 2) * 3 * 2)
     assert plan["warmup"]["cases"] == str(3 * 4)
@@ -169,8 +170,12 @@ def test_a_dry_run_prints_the_cases_and_the_minutes_and_measures_nothing(
     assert plan["step_profile"]["cases"] == str((2 * 3 + 1) * 2)
     # Two sizes at three contexts, forward and step, with and without autocast.
     assert plan["memory_profile"]["cases"] == str(2 * 3 * 2 * 2)
+    # One model under eight policies, and from 2 to 64 blocks under four.
+    assert plan["checkpointing"]["cases"] == str(8 + 6 * 4)
     # Five lengths in four dimensions, with and without TF32.
     assert plan["pytorch_attention"]["cases"] == str(5 * 4 * 2)
+    # Five sizes at three contexts, with and without TF32; a case has all phases and forms.
+    assert plan["model_compile"]["cases"] == str(5 * 3 * 2)
     # The handout's ten lengths in four dimensions and two precisions; training's three in two, causal and not.
     assert plan["flash_benchmarking"]["cases"] == str(10 * 4 * 2 + 3 * 2 * 2)
     assert all(float(row["minutes"].replace(",", "")) > 0 for row in plan.values())
@@ -192,6 +197,7 @@ def test_a_parameter_given_by_hand_is_of_the_notebooks_that_have_it(
     assert {name: row["cases"] for name, row in plan.items()} == {
         **{name: row["cases"] for name, row in plain.items()},
         "pytorch_attention": "1",
+        "model_compile": "2",
         "flash_benchmarking": "1",
     }
 
@@ -216,7 +222,10 @@ def test_a_dry_run_of_the_smoke_profile_leaves_no_folder(
         "autocast_dtypes": "4",
         "layernorm_precision": "6",
         "memory_profile": "4",
+        "longest_context": "1",
+        "checkpointing": "8",
         "pytorch_attention": "2",
+        "model_compile": "1",
         "flash_benchmarking": "2",
     }
     assert list(tmp_path.iterdir()) == []

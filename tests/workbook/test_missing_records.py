@@ -119,7 +119,7 @@ def is_statement_of_a_hole(line: str, experiment: str, machine: str) -> bool:
         return False
     rest = line.replace(to_run, "").replace(machine, "")
     counts = re.findall(r"no record of (\d+) of \d+ cases", rest)
-    names = r"context(_length)? \d+|\b(bfloat|float)\d+( products)?|\bd \d+|length [\d,]+\d"
+    names = r"context(_length)? \d+|\b(bfloat|float)\d+( products)?|\bd \d+|length [\d,]+\d|scale [\d,.]*\d"
     rest = re.sub(rf"no record of \d+ of \d+ cases|{names}", "", rest)
     return set(counts) <= {"1"} and not re.search(r"\d", rest)
 
@@ -216,4 +216,5 @@ def test_without_any_machine_each_built_problem_that_measures_says_what_to_run(t
     for name in measured:
         assert TO_RUN in by_id[name].replace("python scripts/benchmark_step.py", "")
     assert TO_RUN in by_id["machines"]
-    assert text.count("run `python scripts/measure.py transformer_step`, then") == 2  # the head of the README too
+    # For two problems, and the head of the README.
+    assert text.count("run `python scripts/measure.py transformer_step`, then") == 3
