@@ -17,9 +17,14 @@ between forward and backward crosses.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
+import jaxtyping
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -52,6 +57,8 @@ def compiled_residuals(
 ) -> tuple[Residual, ...]:
     """What so many blocks save when they run one after the other on an activation that needs a gradient.
 
+    Takes a second or two; what was asked once in a process is not asked again.
+
     Args:
         config: of which the width is taken, and the heads; not the number of blocks.
         group: how many blocks go into a checkpoint together; none do, without it.
@@ -62,6 +69,15 @@ def compiled_residuals(
     """
     if group is not None and not 1 <= group <= blocks:
         raise UserError(f"a checkpoint must have from 1 to {blocks} blocks, found {group!r}")
+    several = dataclasses.replace(config, num_layers=blocks, context_length=seq_len)
+    policy = Policy("none") if group is None else Policy("every", group)
+    return _saved(several, batch_size, policy, tuple(sorted(choices.items())))
+
+
+@functools.lru_cache(maxsize=64)
+def _saved(
+    config: TransformerConfig, batch_size: int, policy: Policy, choices: tuple[tuple[str, Any], ...]
+) -> tuple[Residual, ...]:
     saved: list[Residual] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -72,16 +88,26 @@ def compiled_residuals(
 
     torch.compiler.reset()  # code for tensors without data is of no use to others, nor theirs here
     try:
-        with FakeTensorMode():
-            several = dataclasses.replace(config, num_layers=blocks, context_length=seq_len)
-            model = build_model(several, **choices)
-            x = torch.randn(batch_size, seq_len, config.d_model, requires_grad=True)
-            layers: Any = model.layers
-            compiled = [torch.compile(layer, backend=BACKEND, fullgraph=True) for layer in layers]
-            policy = Policy("none") if group is None else Policy("every", group)
+        with _as_the_compiler_wants(), FakeTensorMode():
+            model: Any = build_model(config, **dict(choices))
+            x = torch.randn(batch_size, config.context_length, config.d_model, requires_grad=True)
+            compiled = [torch.compile(layer, backend=BACKEND, fullgraph=True) for layer in model.layers]
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-                run_plan(plan_of(policy, blocks), compiled, x)
+                run_plan(plan_of(policy, config.num_layers), compiled, x)
     finally:
         torch.compiler.reset()
     # A checkpoint also saves a tensor without elements, which makes autograd call it.
     return tuple(residual for residual in saved if residual.bytes)
+
+
+@contextlib.contextmanager
+def _as_the_compiler_wants() -> Iterator[None]:
+    """It cannot look through a check of shapes around every call, and what it imports warns of PyTorch's own code."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", before)

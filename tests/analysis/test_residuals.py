@@ -14,12 +14,7 @@ from cs336_systems.bench.report import MIB
 from cs336_systems.errors import UserError
 from cs336_systems.model import TransformerConfig
 
-pytestmark = [
-    pytest.mark.problem("gradient_checkpointing"),
-    pytest.mark.usefixtures("unchecked_types"),
-    pytest.mark.filterwarnings("ignore:The .grad attribute"),
-    pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated"),
-]
+pytestmark = pytest.mark.problem("gradient_checkpointing")
 
 HANDOUT = TransformerConfig(d_model=2560, d_ff=10_240, num_layers=1, num_heads=16)
 SMALL = TransformerConfig(d_model=32, d_ff=80, num_layers=1, num_heads=2)

@@ -155,8 +155,6 @@ def test_predictions_have_a_row_per_case_and_know_that_reruns_take_time() -> Non
     assert plain < rerun
 
 
-@pytest.mark.usefixtures("unchecked_types")
-@pytest.mark.filterwarnings("ignore:The .grad attribute", "ignore:.torch.jit.script_method. is deprecated")
 def test_groups_of_xl_are_answered_without_a_gpu() -> None:
     groups = checkpointing.group_sizes("xl", 2048, 4)
     assert groups["group"].tolist() == [0.5, *range(1, 33)]
