@@ -35,6 +35,7 @@ def row(**changes: Any) -> dict[str, Any]:
         "formulation": "reference",
         "optimizer": "reference",
         "rope": "2025",
+        "checkpointing": "none",
         "model": None,
         "warmup": 5,
         "steps": 10,
