@@ -22,12 +22,13 @@ import functools
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from cs336_systems.analysis.allocations import Allocation, Event, record_step
+from cs336_systems.analysis.allocations import WORKSPACE, Allocation, Event, record_step
 from cs336_systems.analysis.caching_allocator import Block, CachingAllocator, OutOfSegments
 from cs336_systems.analysis.hardware import gpu_peaks
 from cs336_systems.step import StepConfig
 
 CPU = "cpu"
+THERE_BEFORE = ("parameters", "buffers", "tokens", WORKSPACE)
 MOST_GROUPS = 10
 """How many groups of like allocations a plan names."""
 
@@ -74,6 +75,11 @@ class Footprint:
     """Whether both steps run within that; None where that is not known."""
     fails_at: str = ""
     """Where the replay ran out of memory, if it did."""
+
+    @property
+    def on_top_bytes(self) -> int:
+        """Of the peak what the step itself has made: all but parameters, buffers, tokens and workspaces."""
+        return self.peak_allocated_bytes - sum(self.by_kind.get(kind, 0) for kind in THERE_BEFORE)
 
     @property
     def place(self) -> str:

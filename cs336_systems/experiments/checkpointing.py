@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cs336_systems.analysis import checkpointing as analysis
 from cs336_systems.analysis import flops
 from cs336_systems.analysis.activations import residual_bytes
+from cs336_systems.analysis.footprint import Footprint
 from cs336_systems.analysis.hardware import Peaks
 from cs336_systems.analysis.residuals import compiled_residuals
 from cs336_systems.bench import grid as grids
@@ -147,13 +148,13 @@ def measure(case: Case, on_part: OnPart) -> Measurement:
     """Time the steps of one case, then count what one allocates and does.
 
     Samples: `step_ms`, `warmup_ms`, and on a GPU `device_ms` by CUDA events. Values: `peak_bytes`, on top of
-    `before_bytes`, which were there; of eager code `flops` of all products, and of our model `block_runs`, how often
-    the forward of each block ran.
+    `before_bytes`, which were there, and `planned_bytes`, what it was planned to be; of eager code `flops` of all
+    products, and of our model `block_runs`, how often the forward of each block ran.
 
     Raises:
-        OutOfMemory: what is known that the step must hold is more than is available.
+        OutOfMemory: what the step is known or planned to hold is more than is available.
     """
-    require_memory(case)
+    plan = require_memory(case)
     torch.manual_seed(case.seed)
     done, parts = 0, case.warmup + case.steps + 2
 
@@ -173,7 +174,9 @@ def measure(case: Case, on_part: OnPart) -> Measurement:
     samples = {"step_ms": timing.samples_ms, "warmup_ms": timing.warmup_ms, "device_ms": timing.device_ms}
     return Measurement(
         samples={name: list(values) for name, values in samples.items() if values},
-        values={"peak_bytes": peak, "before_bytes": sum(held.values())} | counted,
+        values={"peak_bytes": peak, "before_bytes": sum(held.values())}
+        | counted
+        | ({} if plan is None else {"planned_bytes": plan.on_top_bytes}),
     )
 
 
@@ -202,11 +205,11 @@ def count_work(step: BuiltStep) -> dict[str, Any]:
     return {"flops": counter.get_total_flops(), "block_runs": [runs[number] for number in range(len(blocks))]}
 
 
-def require_memory(case: Case) -> None:
-    """Refuse what cannot fit, before minutes are spent on it.
+def require_memory(case: Case) -> Footprint | None:
+    """Refuse what cannot fit, before minutes are spent on it, and return the plan of what can.
 
     Raises:
-        OutOfMemory: weights and what is counted of the step are more than the device has left.
+        OutOfMemory: weights and what is counted of the step are more than the device has left, or what is planned.
     """
     weights = flops.resident_bytes(case.config, "forward", itemsize=item_sizes(case)["itemsize"])
     found = counted_of(case)
@@ -217,6 +220,7 @@ def require_memory(case: Case) -> None:
             f"weights and what the step keeps need at least {bytes_in_words(needed)}, and {bytes_in_words(available)} "
             "are available: take smaller groups, or a smaller size"
         )
+    return transformer_step.require_memory(case)
 
 
 # Predicting ----------------------------------------------------------------------------------------------------
@@ -335,6 +339,7 @@ def summarise(
                 "median_ms": statistics.median if statistics else math.nan,
                 "bound_ms": bound_ms(case, peaks)[0],
                 "peak_bytes": values.get("peak_bytes", math.nan),
+                "planned_bytes": values.get("planned_bytes", math.nan),
                 "before_bytes": values.get("before_bytes", math.nan),
                 "flops": values.get("flops", math.nan),
                 "block_runs": sum(runs) / len(runs) if runs else math.nan,

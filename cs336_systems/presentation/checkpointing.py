@@ -96,6 +96,7 @@ def _table(rows: pd.DataFrame, what: str) -> Table:
     columns = [
         *_identity(rows),
         Column("peak (MiB)", _peak),
+        Column("planned (MiB)", lambda row: mebibytes(row.planned_bytes)),
         Column("least (MiB)", lambda row: mebibytes(row.accounted_step_bytes)),
         Column("peak / none", lambda row: number(row.peak_of_none, 2)),
         Column("mean ± std (ms)", _time),
@@ -105,9 +106,9 @@ def _table(rows: pd.DataFrame, what: str) -> Table:
         Column("counted", lambda row: number(row.accounted_block_runs)),
     ]
     note = (
-        "Peak is the most that one forward, loss and backward allocate at once, on top of the weights; least is what "
-        "is counted of it, without what is temporary. Work is the FLOPs of products, reruns included, over those of "
-        "none."
+        "Peak is the most that one forward, loss and backward allocate at once, on top of the weights; planned is the "
+        "same, followed on tensors without data; least is what is counted of it, without what is temporary. Work is "
+        "the FLOPs of products, reruns included, over those of none."
     )
     notes = [note, *(remarks.notes_below(rows, _name) if len(rows) else [])]
     return Table.of(rows, columns, caption=_caption(rows, what), notes=notes)
