@@ -205,6 +205,10 @@ def count_work(step: BuiltStep) -> dict[str, Any]:
     return {"flops": counter.get_total_flops(), "block_runs": [runs[number] for number in range(len(blocks))]}
 
 
+MOST_RUNS_PLANNED = 8
+"""How often each block's forward may run in a step that is planned."""
+
+
 def require_memory(case: Case) -> Footprint | None:
     """Refuse what cannot fit, before minutes are spent on it, and return the plan of what can.
 
@@ -220,6 +224,8 @@ def require_memory(case: Case) -> Footprint | None:
             f"weights and what the step keeps need at least {bytes_in_words(needed)}, and {bytes_in_words(available)} "
             "are available: take smaller groups, or a smaller size"
         )
+    if is_of_depth(case) or (found is not None and found.block_runs > MOST_RUNS_PLANNED):
+        return None  # small by design; or a plan, which follows every run, would take longer than the steps
     return transformer_step.require_memory(case)
 
 
