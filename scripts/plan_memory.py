@@ -18,7 +18,7 @@ import json
 
 from cs336_systems.analysis.footprint import Footprint, plan_step
 from cs336_systems.analysis.hardware import GPUS, gpu_peaks
-from cs336_systems.analysis.longest import Longest, largest_batch, longest_context
+from cs336_systems.analysis.longest import Longest, NothingFits, largest_batch, longest_context
 from cs336_systems.errors import HelpFormatter, run_command
 from cs336_systems.presentation import footprint as presentation
 from cs336_systems.step import PHASES, StepConfig
@@ -57,12 +57,24 @@ def main(argv: list[str] | None) -> int:
 
 def find(chosen: StepConfig, arguments: argparse.Namespace) -> int:
     """The longest context or the largest batch on each GPU, and what it takes there."""
-    found = {gpu: FIND[arguments.find](chosen, gpu) for gpu in arguments.gpu}
+    found = {gpu: find_on(chosen, arguments.find, gpu) for gpu in arguments.gpu}
     if arguments.format == "json":
-        print(json.dumps([longest_as_json(chosen, each) for each in found.values()], indent=2))
+        print(json.dumps([longest_as_json(chosen, gpu, each) for gpu, each in found.items()], indent=2))
     else:
-        print("\n\n".join(presentation.longest_described(chosen, each) for each in found.values()))
-    return 0
+        texts = (
+            str(each) if isinstance(each, NothingFits) else presentation.longest_described(chosen, each)
+            for each in found.values()
+        )
+        print("\n\n".join(texts))
+    return 1 if any(isinstance(each, NothingFits) for each in found.values()) else 0
+
+
+def find_on(chosen: StepConfig, what: str, gpu: str) -> Longest | NothingFits:
+    """What fits on one GPU, or why nothing does: an answer, that takes no other GPU's with it."""
+    try:
+        return FIND[what](chosen, gpu)
+    except NothingFits as error:
+        return error
 
 
 def as_json(chosen: StepConfig, plan: Footprint) -> dict[str, object]:
@@ -71,8 +83,10 @@ def as_json(chosen: StepConfig, plan: Footprint) -> dict[str, object]:
     return {"step": {"size": chosen.size, **step}, **dataclasses.asdict(plan)}
 
 
-def longest_as_json(chosen: StepConfig, found: Longest) -> dict[str, object]:
-    """What was searched for and found, with its plan."""
+def longest_as_json(chosen: StepConfig, gpu: str, found: Longest | NothingFits) -> dict[str, object]:
+    """What was searched for and found, with its plan; a value of 0 and the reason where nothing fits."""
+    if isinstance(found, NothingFits):
+        return {"device": gpu, "value": 0, "fits": False, "reason": str(found)}
     changed = found.step_of(chosen)
     return {"find": f"max-{found.axis}", "value": found.value, "next_fails_at": found.next_fails_at} | as_json(
         changed, found.plan

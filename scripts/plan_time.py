@@ -43,6 +43,7 @@ def main(argv: list[str] | None) -> int:
         optimizer=arguments.optimizer,
         rope=arguments.rope,
         model=arguments.model,
+        checkpointing=arguments.checkpointing,
     )
     tables = published_tables(Store.default().reference)
     plans = [plan_time(chosen, gpu, tables) for gpu in arguments.gpu]

@@ -120,15 +120,21 @@ def recording(device: Device = "cuda") -> Iterator[Recording]:
     """
     recorded = Recording(device)
     rules = cuda_rules() if device == "cuda" else contextlib.nullcontext()
-    with rules, record_ranges(), FakeTensorMode(allow_non_fake_inputs=True), recorded._mode:
-        try:
-            yield recorded
-        except (DataDependentOutputException, DynamicOutputShapeException) as error:
-            raise UserError(
-                f"what is allocated depends on the values of tensors ({error}), which a plan does not have: leave out "
-                "what asks for them (.item(), nonzero, boolean indexing, `if` of a tensor), or measure on a device"
-            ) from error
+    with rules, record_ranges(), FakeTensorMode(allow_non_fake_inputs=True), recorded._mode, _values_not_asked():
+        yield recorded
         recorded._mode.settle()
+
+
+@contextlib.contextmanager
+def _values_not_asked() -> Iterator[None]:
+    """What fake tensors say of a program that looks at values, said to its author."""
+    try:
+        yield
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise UserError(
+            f"what runs depends on the values of tensors ({error}), which a plan does not have: leave out what asks "
+            "for them (.item(), nonzero, boolean indexing, `if` of a tensor), or measure on a device"
+        ) from error
 
 
 def record_step(chosen: StepConfig, device: Device = "cuda", steps: int = 2) -> Recording:
@@ -142,7 +148,7 @@ def record_step(chosen: StepConfig, device: Device = "cuda", steps: int = 2) -> 
             model that asks for the values of tensors.
     """
     require_followed(chosen)
-    with recording(device) as recorded, somebody_elses(chosen):
+    with recording(device) as recorded, told_plainly(chosen):
         step = build_step(dataclasses.replace(chosen, device="cpu"))
         recorded.begin(held_by(step))
         for index in range(steps):
@@ -157,15 +163,16 @@ def record_step(chosen: StepConfig, device: Device = "cuda", steps: int = 2) -> 
 
 
 @contextlib.contextmanager
-def somebody_elses(chosen: StepConfig) -> Iterator[None]:
-    """What goes wrong in somebody else's code is told as theirs.
+def told_plainly(chosen: StepConfig) -> Iterator[None]:
+    """What goes wrong on fake tensors is told as what it is: values asked for, sizes without end, others' code.
 
     Raises:
-        UserError: whatever their model, or their attention, raised on fake tensors.
+        UserError: any of these.
     """
     try:
-        yield
-    except (UserError, DataDependentOutputException, DynamicOutputShapeException):
+        with _values_not_asked():
+            yield
+    except UserError:
         raise
     except Exception as error:
         if "overflow" in str(error).lower():

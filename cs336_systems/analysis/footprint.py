@@ -28,7 +28,7 @@ from cs336_systems.analysis.hardware import gpu_peaks
 from cs336_systems.step import StepConfig
 
 CPU = "cpu"
-THERE_BEFORE = ("parameters", "buffers", "tokens", WORKSPACE)
+THERE_BEFORE = ("parameters", "buffers", "tokens", "optimizer state", WORKSPACE)
 MOST_GROUPS = 10
 """How many groups of like allocations a plan names."""
 
@@ -78,7 +78,7 @@ class Footprint:
 
     @property
     def on_top_bytes(self) -> int:
-        """Of the peak what the step itself has made: all but parameters, buffers, tokens and workspaces."""
+        """Of the peak what the step itself has made: all but parameters, buffers, tokens, moments and workspaces."""
         return self.peak_allocated_bytes - sum(self.by_kind.get(kind, 0) for kind in THERE_BEFORE)
 
     @property
@@ -96,23 +96,19 @@ def plan_step(chosen: StepConfig, gpu: str) -> Footprint:
     Raises:
         UserError: an unknown GPU; a choice that cannot be followed (see `allocations.record_step`).
     """
-    return replay(events_of(chosen, gpu), gpu)
-
-
-def events_of(chosen: StepConfig, gpu: str) -> tuple[Event, ...]:
-    """The allocations of two steps on a GPU by its key, or on "cpu".
-
-    Raises:
-        UserError: as `plan_step`.
-    """
     if gpu != CPU:
         gpu_peaks(gpu)
     # Of a case that says more only the step counts, so that what differs in the rest alone is not followed again.
     fields = {field.name: getattr(chosen, field.name) for field in dataclasses.fields(StepConfig)}
-    return _events_of(StepConfig(**fields | {"device": "cpu"}), gpu == CPU)
+    return _planned(StepConfig(**fields | {"device": "cpu"}), gpu)
 
 
-@functools.lru_cache(maxsize=32)
+@functools.lru_cache(maxsize=1024)
+def _planned(chosen: StepConfig, gpu: str) -> Footprint:
+    return replay(_events_of(chosen, gpu == CPU), gpu)
+
+
+@functools.lru_cache(maxsize=4)
 def _events_of(chosen: StepConfig, is_cpu: bool) -> tuple[Event, ...]:
     return tuple(record_step(chosen, "cpu" if is_cpu else "cuda").events)
 

@@ -57,8 +57,8 @@ _CONTEXT_BYTES = 600 * MIB
 """About what the CUDA context, the loaded kernels and libraries take: in messages of PyTorch, a process' memory in use
 less what PyTorch has reserved is 0.4 to 0.65 GiB."""
 _WORKSPACE_BYTES = 2 * 4096 * 1024 + 8 * 16 * 1024
-"""cuBLAS' `:4096:2:16:8`; on an H100 or H200 eight of 4 MiB. Source: aten/src/ATen/cuda/CublasHandlePool.cpp."""
-_HOPPER_WORKSPACE_BYTES = 8 * 4096 * 1024
+"""cuBLAS' `:4096:2:16:8`; from Hopper on eight of 4 MiB. Source: aten/src/ATen/cuda/CublasHandlePool.cpp."""
+_LARGE_WORKSPACE_BYTES = 8 * 4096 * 1024
 
 
 def _usable(total_gib: float) -> int:
@@ -108,7 +108,7 @@ GPUS: Mapping[str, Peaks] = MappingProxyType(
                 80 * GB,
                 "NVIDIA H100 datasheet (2023), SXM5; dense rates: NVIDIA H100 architecture whitepaper (2022)",
                 _usable(79.11),
-                _HOPPER_WORKSPACE_BYTES,
+                _LARGE_WORKSPACE_BYTES,
             ),
             Peaks(
                 "h100-pcie",
@@ -118,7 +118,7 @@ GPUS: Mapping[str, Peaks] = MappingProxyType(
                 80 * GB,
                 "NVIDIA H100 PCIe product brief PB-11133 (2022) and H100 datasheet (2023), halved to dense",
                 _usable(79.11),
-                _HOPPER_WORKSPACE_BYTES,
+                _LARGE_WORKSPACE_BYTES,
             ),
             Peaks(
                 "h200",
@@ -128,7 +128,7 @@ GPUS: Mapping[str, Peaks] = MappingProxyType(
                 141 * GB,
                 "NVIDIA H200 datasheet (2024), SXM",
                 _usable(139.80),
-                _HOPPER_WORKSPACE_BYTES,
+                _LARGE_WORKSPACE_BYTES,
             ),
             Peaks(
                 "b200",
@@ -138,7 +138,7 @@ GPUS: Mapping[str, Peaks] = MappingProxyType(
                 180 * GB,
                 "NVIDIA Blackwell architecture technical brief (2024), HGX B200 at 1,000 W",
                 _usable(178.35),
-                _WORKSPACE_BYTES,
+                _LARGE_WORKSPACE_BYTES,
             ),
         )
     }

@@ -8,8 +8,8 @@ degree at most, since scores have two lengths. So a step is followed at three le
 other length is what the parabola through its three says, in whole numbers, and a search replays the allocator alone.
 The same holds of the batch, which no tensor has twice.
 
-That the operators are the same is checked at the three; a module that decides by the length is planned length by
-length instead (`footprint.plan_step`).
+That this holds is checked at the three, and once more at the length that is found. A module that decides by the length
+has to be planned length by length (`footprint.plan_step`).
 """
 
 from __future__ import annotations
@@ -65,10 +65,7 @@ class Growth:
         self.nodes = _NODES[axis]
         recorded = [tuple(record_step(_with_length(chosen, axis, node)).events) for node in self.nodes]
         if len({_structure(events) for events in recorded}) > 1:
-            raise UserError(
-                f"which operators run depends on the {axis} here, so that the longest cannot be searched for: plan "
-                "single ones"
-            )
+            raise _depends(axis)
         self.events = recorded[0]
         sizes = zip(*(_sizes(events) for events in recorded), strict=True)
         self._parabolas = dict(zip(_births(self.events), (_parabola(self.nodes, each) for each in sizes), strict=True))
@@ -140,7 +137,27 @@ def _largest(chosen: StepConfig, axis: Axis, gpu: str) -> Longest:
             fits = middle
         else:
             too_long, fails_at = middle, found
+    _require_as_grown(chosen, axis, fits, growth)
     return Longest(axis, fits, replay(growth.at(fits), gpu), fails_at)
+
+
+def _require_as_grown(chosen: StepConfig, axis: Axis, length: int, growth: Growth) -> None:
+    """Follow the step once at the length that was found: a module may decide by lengths that were not tried.
+
+    Raises:
+        UserError: it allocates something else than the parabolas say.
+    """
+    direct = tuple(record_step(_with_length(chosen, axis, length)).events)
+    grown = growth.at(length)
+    if (_structure(direct), _sizes(direct)) != (_structure(grown), _sizes(grown)):
+        raise _depends(axis)
+
+
+def _depends(axis: Axis) -> UserError:
+    return UserError(
+        f"what is allocated is no polynomial of the {axis} here, so that the longest cannot be searched for: plan "
+        "single ones, as with --context and --batch"
+    )
 
 
 def _held(chosen: StepConfig) -> int:

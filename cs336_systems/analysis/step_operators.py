@@ -24,6 +24,7 @@ from types import MappingProxyType
 
 import torch
 
+from cs336_systems.analysis.allocations import told_plainly
 from cs336_systems.analysis.cuda_autocast import cuda_rules
 from cs336_systems.analysis.operators import Call, Operator, Trace, fake_tensors, fused, trace
 from cs336_systems.errors import UserError
@@ -69,9 +70,14 @@ def stages_of(chosen: StepConfig) -> tuple[Stage, ...]:
     """What a step calls, stage by stage in its order. Counted once per process.
 
     Raises:
-        UserError: an attention whose kernels are not those of a CPU's fake tensors, or somebody else's model on a GPU
-            that cannot be run on them.
+        UserError: an attention whose kernels are not those of a CPU's fake tensors; checkpoints whose work is no
+            multiple of the number of blocks; somebody else's model that cannot be run on such tensors.
     """
+    if chosen.checkpointing not in ("none", "every-1", "selective") and chosen.model is None and chosen.num_layers > 2:
+        raise UserError(
+            f"how often blocks run under checkpointing {chosen.checkpointing} is no multiple of their number, from "
+            "which operators are counted: expected none, every-1 or selective"
+        )
     if chosen.attention not in COUNTED_ATTENTION:
         raise UserError(
             f"the operators of attention {chosen.attention!r} depend on the device and cannot be counted without it: "
@@ -156,7 +162,7 @@ def _trace(chosen: StepConfig) -> Trace:
     """One step on fake tensors of a CPU, under the rules of its device."""
     rules = cuda_rules() if chosen.device == "cuda" else contextlib.nullcontext()
     on_cpu = dataclasses.replace(chosen, device="cpu")
-    with rules, fake_tensors():
+    with rules, told_plainly(chosen), fake_tensors():
         step = build_step(on_cpu)
         if chosen.phase == "step":  # the state, which the first step alone makes
             for parameter in step.model.parameters():

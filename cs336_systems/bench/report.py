@@ -119,6 +119,11 @@ def shortened(text: str, most: int = 90) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
+def beginning(text: str) -> str:
+    """`text` as a sentence begins, the rest as it is: names keep their letters."""
+    return text[:1].upper() + text[1:]
+
+
 def plural(count: int, noun: str) -> str:
     """1 case, 2 cases."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -18,6 +18,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from cs336_systems.bench.allocator import available_bytes, is_out_of_memory, memory_cap, release_free_memory
 from cs336_systems.bench.context import run_context, utc_now
 from cs336_systems.bench.fingerprint import fingerprint
@@ -147,6 +149,7 @@ def _measure_one(
     """One case to one record, whatever happens."""
     started = time.perf_counter()
     release_free_memory(machine.device)
+    release_workspaces(machine.device)
     status: Status = "ok"
     reason, trace = None, None
     measurement = Measurement()
@@ -186,6 +189,13 @@ def _measure_one(
         seconds=time.perf_counter() - started,
         traceback=trace,
     )
+
+
+def release_workspaces(device: str) -> None:
+    """Let go of what the matrix library was given by earlier cases, which is no part of the next one's memory."""
+    if device == "cuda":
+        torch._C._cuda_clearCublasWorkspaces()
+        torch.cuda.empty_cache()
 
 
 def impersonal(text: str) -> str:

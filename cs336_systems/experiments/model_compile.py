@@ -67,7 +67,7 @@ PUBLISHED_WARMUP = 5
 LAPTOP_CONTEXTS: Mapping[str, Sequence[int]] = {"tiny": [128], "small": [128]}
 LAPTOP_PHASES: Mapping[str, Sequence[str]] = {"tiny": PHASES_OF_TRAINING, "small": ["forward"]}
 DEEPEST_WHOLE_ON_CPU = 4
-"""Compiling twelve blocks as one takes two cores half a minute, and their backward another."""
+"""Compiling the dozen blocks of the smallest of the handout's sizes as one takes longer than all the rest."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -339,7 +339,7 @@ def measure(case: Case, on_part: OnPart) -> Measurement:
         with watch_compilation() as watch:
             timings = time_rounds(calls, warmup=case.warmup, rounds=case.rounds, device=case.device, on_round=count)
         for phase in case.phases:
-            traffic.attempt(partial(_count_traffic, traffic, phase, built))
+            traffic.attempt(partial(_count_traffic, traffic, case.step(phase), built))
     samples = {name: timing.samples_ms for name, timing in timings.items()}
     measured = measurement_of([*every, exact, traffic], samples)
     measured.values["compiled_while_timed"] = watch.compilation.graphs
@@ -377,18 +377,21 @@ def _first_calls(
             on_form()
 
 
-def _count_traffic(traffic: Contender, phase: str, built: BuiltStep) -> None:
+def _count_traffic(traffic: Contender, chosen: StepConfig, built: BuiltStep) -> None:
     """Of the eager model alone: loss and optimizer are not compiled, and no part of what compiling can save."""
     tokens, _ = built.batch
+    is_mixed = chosen.autocast != "none"
+    half = getattr(torch, chosen.autocast) if is_mixed else torch.bfloat16
+    autocast = torch.autocast(chosen.device, dtype=half, enabled=is_mixed)
 
     def call() -> None:
-        with torch.set_grad_enabled(phase != "inference"):
+        with torch.set_grad_enabled(chosen.phase != "inference"), autocast:
             logits = built.model(tokens)
-        if phase in ("forward-backward", "step"):
+        if chosen.has_backward:
             logits.backward(torch.ones_like(logits))
 
     built.optimizer.zero_grad(set_to_none=True)
-    traffic.values[phase] = dataclasses.asdict(operator_traffic(call))
+    traffic.values[chosen.phase] = dataclasses.asdict(operator_traffic(call))
 
 
 # Summarising ---------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from cs336_systems.bench.report import (
     Findings,
     Picture,
     Table,
+    beginning,
     figure_style,
     number,
     percent,
@@ -158,7 +159,7 @@ def growth(rows: pd.DataFrame) -> Finding | None:
     small, large, times = min(pairs, key=lambda pair: pair[2])
     memory = large["usable_bytes"] / small["usable_bytes"]
     return Finding.checked(
-        f"{_step_name(small).capitalize()} fits {small['longest']:,.0f} tokens on {verbatim(small['gpu'])} and "
+        f"{beginning(_step_name(small))} fits {small['longest']:,.0f} tokens on {verbatim(small['gpu'])} and "
         f"{large['longest']:,.0f} on {verbatim(large['gpu'])}: {number(memory, 2)} times the memory for "
         f"{number(times, 2)} times the context",
         bool(times < memory),

@@ -312,10 +312,7 @@ def _memory(rows: pd.DataFrame) -> Finding | None:
         f"Under autocast steps {what} {number(least['memory_ratio'])} ({_work(least)}) to "
         f"{number(most['memory_ratio'])} ({_work(most)}) times what they do in float32",
         bool(least["memory_ratio"] > 0.5),
-        so=(
-            ": not half, since weights, gradients and moments stay in float32, and a copy of every weight matrix in "
-            "bfloat16 is kept for backward."
-        ),
+        so=": not half, since weights, gradients and moments stay in float32, and every weight matrix is cast besides.",
         but=": half or less.",
     )
 

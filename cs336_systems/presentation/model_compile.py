@@ -23,6 +23,7 @@ from cs336_systems.bench.report import (
     Findings,
     Picture,
     Table,
+    beginning,
     bytes_in_words,
     figure_style,
     number,
@@ -409,7 +410,7 @@ def by_blocks(rows: pd.DataFrame) -> Finding | None:
     times = row["compile_s_whole"] / row["compile_s_blocks"]
     slower = row["median_ms_blocks"] / row["median_ms_whole"]
     return Finding.checked(
-        f"{str(row['size_whole']).capitalize()}'s {row['num_layers_whole']} blocks at context "
+        f"{beginning(str(row['size_whole']))}'s {row['num_layers_whole']} blocks at context "
         f"{row['context_length_whole']} take {number(row['compile_s_whole'])} s to compile as a whole and "
         f"{number(row['compile_s_blocks'])} s one by one, a factor of {number(times, 2)}; a {row['phase_whole']} by "
         f"blocks takes {number(slower, 2)} times that of the whole",

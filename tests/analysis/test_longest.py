@@ -107,6 +107,21 @@ class ByLength(nn.Module):
         return torch.relu(logits) if tokens.shape[1] > 100 else logits
 
 
-def test_a_model_that_decides_by_the_length_is_told_apart() -> None:
-    with pytest.raises(UserError, match="which operators run depends on the context"):
-        longest_context(chosen(model=f"{__name__}:ByLength"), GPU)
+class Window(nn.Module):
+    """Makes a tensor that stops to grow at 200 tokens, by the same operators at every length."""
+
+    def __init__(self, **course: Any) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(course["vocab_size"], course["vocab_size"])
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        logits: Tensor = self.embedding(tokens)
+        seen = logits[:, -200:].exp()
+        return logits + seen.sum()
+
+
+@pytest.mark.usefixtures("little_memory")
+@pytest.mark.parametrize("name", ["ByLength", "Window"])
+def test_a_model_that_decides_by_the_length_is_told_apart(name: str) -> None:
+    with pytest.raises(UserError, match="what is allocated is no polynomial of the context"):
+        longest_context(chosen(model=f"{__name__}:{name}", phase="inference"), GPU)

@@ -93,6 +93,20 @@ def test_the_largest_is_found_with_its_plan(
     assert f"**{found['value']:,}**" in capsys.readouterr().out
 
 
+def test_where_nothing_fits_is_an_answer_that_takes_no_other_with_it(
+    script: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    little = {"a100-40gb": dataclasses.replace(GPUS["a100-40gb"], usable_bytes=2**10)}
+    of_name = {**GPUS, **little}
+    monkeypatch.setattr(longest, "gpu_peaks", of_name.__getitem__)
+    options = [*STEP, "--find", "max-batch", "--gpu", "a100-40gb"]
+    assert status_of(script, *options) == 1
+    assert "not even a batch of 1 fits on a100-40gb" in capsys.readouterr().out
+    assert status_of(script, *options, "--format", "json") == 1
+    (answer,) = json.loads(capsys.readouterr().out)
+    assert (answer["value"], answer["fits"]) == (0, False)
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -103,7 +117,6 @@ def test_the_largest_is_found_with_its_plan(
         ([*STEP, "--attention", "sdpa"], "what attention 'sdpa' allocates is decided by its kernels"),
         ([*STEP, "--batch", "0"], "batch_size must be a whole number of at least 1"),
         ([*SMALLEST, "--context", "10000000000"], "a tensor has more bytes than can be counted"),
-        (["--size", "leaderboard", "--gpu", "a100-40gb", "--find", "max-context"], "not even a context of 1 fits"),
     ],
 )
 def test_a_mistake_is_one_clear_sentence(
