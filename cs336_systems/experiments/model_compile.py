@@ -446,6 +446,7 @@ def _rows_of(
                 **fields,
                 "phase": phase,
                 "compile": mode,
+                "checkpointing": "none",
                 "case": record.key,
                 **record.circumstances(fingerprint),
                 "status": found.get("status", record.status),
