@@ -87,6 +87,11 @@ def stopwatch(summary: pd.DataFrame) -> Table:
     return Table.of(rows, columns, caption=caption(summary, "Stopwatch and profiler"), notes=[note, *_notes(rows)])
 
 
+def table(summary: pd.DataFrame) -> Table:
+    """The table that stands for the experiment where one alone is printed: (a)."""
+    return stopwatch(summary)
+
+
 def elsewhere(summary: pd.DataFrame) -> Table | Finding:
     """The published records of all machines."""
     return remarks.by_machine(whole_phases(summary), stopwatch)

@@ -16,6 +16,7 @@ from cs336_systems.analysis.hardware import Peaks
 from cs336_systems.bench.machine import this_machine
 from cs336_systems.bench.records import Store
 from cs336_systems.experiments import experiment_names, load_experiment, machine_peaks, transformer_step
+from cs336_systems.presentation import load_presentation
 from cs336_systems.repository import repository_root
 
 SCRIPT = repository_root() / "scripts" / "measure.py"
@@ -259,3 +260,8 @@ def test_measuring_at_smoke_size_keeps_no_records_unless_told_where(
     assert status_of(script, "transformer_step", "--profile", "smoke") == 0
     assert not Path(before).exists()
     assert list(tmp_path.glob("cs336-*")) == []
+
+
+@pytest.mark.parametrize("name", experiment_names())
+def test_every_experiment_has_a_table_to_print_when_it_is_measured(name: str) -> None:
+    assert callable(load_presentation(name).table)
