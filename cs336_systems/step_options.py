@@ -1,7 +1,8 @@
 """The options that say which step is meant, for every command line that takes one.
 
 `scripts/benchmark_step.py` times the step, `scripts/profile_step.py` has it timed under a profiler: both know the same
-options, and the second tells the first which case it wants by `options_of`.
+options, and the second tells the first which case it wants by `options_of`. `scripts/plan_memory.py` and
+`scripts/plan_time.py` plan it for GPUs that need not be there.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from pathlib import Path
+from typing import Any
 
+from cs336_systems.analysis.hardware import GPUS, gpu_peaks
 from cs336_systems.attention.backends import NAMES
 from cs336_systems.bench.machine import resolve_device
 from cs336_systems.bench.records import Store
@@ -18,13 +21,11 @@ from cs336_systems.compilation import MODES as COMPILE_MODES
 from cs336_systems.errors import UserError
 from cs336_systems.experiments.transformer_step import Case
 from cs336_systems.model import SIZES, TransformerConfig, model_size
-from cs336_systems.step import AUTOCAST, DTYPES, FLOAT32_MATMUL, PHASES
+from cs336_systems.step import AUTOCAST, DTYPES, FLOAT32_MATMUL, PHASES, StepConfig
 
 _DIMENSIONS = ("d_model", "d_ff", "num_layers", "num_heads", "vocab_size", "rope_theta")
 # Fields of a case whose option has a shorter name.
 _SHORT = {"context_length": "context", "batch_size": "batch"}
-
-
 # Short names that people know, for those of PyTorch.
 _AUTOCAST_NAMES = {"bf16": "bfloat16", "fp16": "float16"}
 
@@ -112,6 +113,41 @@ def add_step_options(
     return timing
 
 
+def add_plan_options(parser: argparse.ArgumentParser) -> tuple[argparse._ArgumentGroup, argparse._ArgumentGroup]:
+    """Add the options of a step that is planned, and return the groups on the step and on the plan, for more."""
+    add_model_options(parser)
+    step = parser.add_argument_group("step")
+    step.add_argument(
+        "--phase",
+        default="step",
+        help=f"{', '.join(PHASES)}; forward has autograd on, inference has not (default: step)",
+    )
+    add_precision_options(step)
+    plan = parser.add_argument_group("plan")
+    plan.add_argument("--gpu", nargs="+", default=["h200"], help=f"one or more of {', '.join(GPUS)} (default: h200)")
+    plan.add_argument("--format", choices=("markdown", "json"), default="markdown")
+    return step, plan
+
+
+def planned_step(arguments: argparse.Namespace) -> StepConfig:
+    """The step that is to be planned, on GPUs that are known.
+
+    Raises:
+        UserError: a value that cannot be, before anything is followed.
+    """
+    for gpu in arguments.gpu:
+        gpu_peaks(gpu)
+    config = chosen_config(arguments, arguments.context)
+    return StepConfig(**_fields(arguments, config), device="cuda", phase=arguments.phase)
+
+
+def _fields(arguments: argparse.Namespace, config: TransformerConfig) -> dict[str, Any]:
+    """What the options say of a step, but for its phase and device."""
+    own = {field.name for field in dataclasses.fields(StepConfig)} - {"phase", "device"}
+    same = {name: value for name, value in vars(arguments).items() if name in own}
+    return same | dataclasses.asdict(config) | {"batch_size": arguments.batch}
+
+
 def chosen_config(arguments: argparse.Namespace, context: int) -> TransformerConfig:
     """The size by name with what was given beside it, or all dimensions by hand.
 
@@ -136,20 +172,9 @@ def build_case(arguments: argparse.Namespace, config: TransformerConfig, phase: 
         UserError: a value that cannot be.
     """
     return Case(
-        **dataclasses.asdict(config),
+        **_fields(arguments, config),
         device=resolve_device(arguments.device),
         phase=phase,
-        batch_size=arguments.batch,
-        dtype=arguments.dtype,
-        autocast=arguments.autocast,
-        float32_matmul=arguments.float32_matmul,
-        compile=arguments.compile,
-        attention=arguments.attention,
-        formulation=arguments.formulation,
-        optimizer=arguments.optimizer,
-        rope=arguments.rope,
-        checkpointing=arguments.checkpointing,
-        model=arguments.model,
         warmup=arguments.warmup,
         steps=arguments.steps,
         seed=arguments.seed,

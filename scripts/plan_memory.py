@@ -17,34 +17,18 @@ import dataclasses
 import json
 
 from cs336_systems.analysis.footprint import Footprint, plan_step
-from cs336_systems.analysis.hardware import GPUS, gpu_peaks
 from cs336_systems.analysis.longest import Longest, NothingFits, largest_batch, longest_context
 from cs336_systems.errors import HelpFormatter, run_command
 from cs336_systems.presentation import footprint as presentation
-from cs336_systems.step import PHASES, StepConfig
-from cs336_systems.step_options import add_model_options, add_precision_options, chosen_config
+from cs336_systems.step import StepConfig
+from cs336_systems.step_options import add_plan_options, planned_step
 
 FIND = {"max-context": longest_context, "max-batch": largest_batch}
 
 
 def main(argv: list[str] | None) -> int:
     arguments = parse(argv)
-    for gpu in arguments.gpu:
-        gpu_peaks(gpu)  # a misspelt name ends the run before anything is followed
-    chosen = StepConfig(
-        **dataclasses.asdict(chosen_config(arguments, arguments.context)),
-        device="cuda",
-        phase=arguments.phase,
-        batch_size=arguments.batch,
-        dtype=arguments.dtype,
-        autocast=arguments.autocast,
-        attention=arguments.attention,
-        formulation=arguments.formulation,
-        optimizer=arguments.optimizer,
-        rope=arguments.rope,
-        checkpointing=arguments.checkpointing,
-        model=arguments.model,
-    )
+    chosen = planned_step(arguments)
     if arguments.find is not None:
         return find(chosen, arguments)
     plans = {gpu: plan_step(chosen, gpu) for gpu in arguments.gpu}
@@ -95,20 +79,10 @@ def longest_as_json(chosen: StepConfig, gpu: str, found: Longest | NothingFits) 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    add_model_options(parser)
-    step = parser.add_argument_group("step")
-    step.add_argument(
-        "--phase",
-        default="step",
-        help=f"{', '.join(PHASES)}; forward has autograd on, inference has not (default: step)",
-    )
-    add_precision_options(step)
-    planned = parser.add_argument_group("plan")
-    planned.add_argument("--gpu", nargs="+", default=["h200"], help=f"one or more of {', '.join(GPUS)} (default: h200)")
+    _, planned = add_plan_options(parser)
     planned.add_argument(
         "--find", choices=FIND, help="instead of a plan for --context and --batch, the largest of one that fits"
     )
-    planned.add_argument("--format", choices=("markdown", "json"), default="markdown")
     return parser.parse_args(argv)
 
 

@@ -16,35 +16,17 @@ import argparse
 import dataclasses
 import json
 
-from cs336_systems.analysis.hardware import GPUS, gpu_peaks
 from cs336_systems.analysis.published_times import TimePlan, plan_time, published_tables
 from cs336_systems.bench.records import Store
 from cs336_systems.errors import HelpFormatter, run_command
 from cs336_systems.presentation import step_prediction as presentation
-from cs336_systems.step import PHASES, StepConfig
-from cs336_systems.step_options import add_compute_options, add_model_options, add_precision_options, chosen_config
+from cs336_systems.step import StepConfig
+from cs336_systems.step_options import add_compute_options, add_plan_options, planned_step
 
 
 def main(argv: list[str] | None) -> int:
     arguments = parse(argv)
-    for gpu in arguments.gpu:
-        gpu_peaks(gpu)  # a misspelt name ends the run before anything is counted
-    chosen = StepConfig(
-        **dataclasses.asdict(chosen_config(arguments, arguments.context)),
-        device="cuda",
-        phase=arguments.phase,
-        batch_size=arguments.batch,
-        dtype=arguments.dtype,
-        autocast=arguments.autocast,
-        float32_matmul=arguments.float32_matmul,
-        compile=arguments.compile,
-        attention=arguments.attention,
-        formulation=arguments.formulation,
-        optimizer=arguments.optimizer,
-        rope=arguments.rope,
-        model=arguments.model,
-        checkpointing=arguments.checkpointing,
-    )
+    chosen = planned_step(arguments)
     tables = published_tables(Store.default().reference)
     plans = [plan_time(chosen, gpu, tables) for gpu in arguments.gpu]
     if arguments.format == "json":
@@ -72,18 +54,8 @@ def as_json(chosen: StepConfig, plan: TimePlan) -> dict[str, object]:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    add_model_options(parser)
-    step = parser.add_argument_group("step")
-    step.add_argument(
-        "--phase",
-        default="step",
-        help=f"{', '.join(PHASES)}; forward has autograd on, inference has not (default: step)",
-    )
-    add_precision_options(step)
+    step, _ = add_plan_options(parser)
     add_compute_options(step)
-    planned = parser.add_argument_group("plan")
-    planned.add_argument("--gpu", nargs="+", default=["h200"], help=f"one or more of {', '.join(GPUS)} (default: h200)")
-    planned.add_argument("--format", choices=("markdown", "json"), default="markdown")
     return parser.parse_args(argv)
 
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import pandas as pd
 
-from cs336_systems.analysis.flops import parameters
 from cs336_systems.analysis.hardware import GPUS, Peaks, gpu_peaks
 from cs336_systems.analysis.longest import NothingFits, longest_context
 from cs336_systems.bench import grid as grids
@@ -142,21 +141,6 @@ def summarise(
                 }
             )
     return pd.DataFrame(rows)
-
-
-def published_plans(store: Store | None = None) -> pd.DataFrame:
-    """One row per step and GPU of every plan that is published, whichever sizes were asked for.
-
-    All machines plan the same, so that of several one speaks; the smallest model comes first.
-    """
-    fields = {field.name for field in dataclasses.fields(Case)}
-    plans: dict[Case, Record] = {}
-    for records in (store or Store.default()).published_records("longest_context").values():
-        for record in records.values():
-            if record.status == "ok" and record.case.keys() == fields:
-                plans.setdefault(dataclasses.replace(Case(**record.case), device="cpu"), record)
-    ordered = sorted(plans, key=lambda case: (case.phase, case.autocast, sum(parameters(case.config).values())))
-    return summarise([plans[case] for case in ordered], GPUS["h200"])
 
 
 def predicted_seconds(case: Case, peaks: Peaks, slowdown: float) -> float:

@@ -199,6 +199,34 @@ class Archive:
         rows = [evidence.where(**fields).shown for evidence in self.machines(experiment)]
         return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame()
 
+    def from_any(self, experiment: str, profile: str) -> pd.DataFrame:
+        """One row per case that a profile asks for, of whichever machine has published it.
+
+        For results that no machine changes, as plans are; without any published machine there are no rows.
+        """
+        published = [each for each in self._requests if each.origin == "published"]
+        if not published:
+            return pd.DataFrame()
+        to_run = f"run `python scripts/measure.py {experiment} --profile {profile}` on any machine"
+        to_run += ", then `python scripts/publish_records.py`"
+        records = []
+        for cell in self._cells_of(experiment, profile):
+            case = dataclasses.asdict(cell.case)
+            known = [
+                self._known(experiment, each).get(case_key(case | {"device": each.machine.device}))
+                for each in published
+            ]
+            missing = missing_record(experiment, "any machine", case, to_run)
+            records.append(next((record for record in known if record is not None), missing))
+        module, speaker = load_experiment(experiment), published[0]
+        now = _now(module, speaker, ())
+        return self.named(module.summarise(records, self._peaks(speaker), store=self.store, fingerprint=now))
+
+    def _cells_of(self, experiment: str, profile: str) -> list[Cell[Any]]:
+        """The cases of a profile's own grids, for no GPU."""
+        grids = experiments_of(profile, self.index).get(experiment, [{}])
+        return lay_out_all(experiment, [{**arguments, "device": "cpu"} for arguments in grids])
+
     def named(self, rows: pd.DataFrame) -> pd.DataFrame:
         """Any table with a column `size`, under the names of the handout that is answered."""
         return in_names_of(self.handout, rows, self._foreign_sizes)

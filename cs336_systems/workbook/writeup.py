@@ -200,6 +200,7 @@ def draft(
     environment.globals |= {
         **{name: getattr(report, name) for name in ("number", "percent", "plural", "with_deviation", "within")},
         "experiment": load_experiment,
+        "from_any": archive.from_any,
         "has_section": lambda problem: (templates / "problems" / f"{problem.id}.md").is_file(),
         "handout": handout,
         "handouts": index.handouts,

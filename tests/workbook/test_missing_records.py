@@ -114,12 +114,17 @@ def is_told_of_what_is_left(line: str) -> bool:
 
 def is_statement_of_a_hole(line: str, experiment: str, machine: str) -> bool:
     """Whether a line says that one record of `experiment` is missing and what to run for it, and tells no result."""
-    to_run = f"run `python scripts/measure.py {experiment}` on {machine}, then `python scripts/publish_records.py`"
-    if line.count("`") != 4 or line.count(to_run) != 1:
+    publish = "then `python scripts/publish_records.py`"
+    commands = (
+        f"run `python scripts/measure.py {experiment}` on {machine}, {publish}",
+        f"run `python scripts/measure.py {experiment} --profile planned` on any machine, {publish}",
+    )
+    if line.count("`") != 4 or sum(line.count(command) for command in commands) != 1:
         return False
-    rest = line.replace(to_run, "").replace(machine, "")
+    rest = line.replace(commands[0], "").replace(commands[1], "").replace(machine, "")
     counts = re.findall(r"no record of (\d+) of \d+ cases", rest)
     names = r"context(_length)? \d+|\b(bfloat|float)\d+( products)?|\bd \d+|length [\d,]+\d|scale [\d,.]*\d"
+    names += r"|every-\d+|\d+ blocks"
     rest = re.sub(rf"no record of \d+ of \d+ cases|{names}", "", rest)
     return set(counts) <= {"1"} and not re.search(r"\d", rest)
 
