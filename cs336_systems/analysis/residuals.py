@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -31,6 +30,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cs336_systems.checkpointing import Policy, plan_of, run_plan
 from cs336_systems.errors import UserError
+from cs336_systems.kept import kept
 from cs336_systems.model import TransformerConfig, build_model
 
 BACKEND = "aot_eager_decomp_partition"
@@ -57,7 +57,7 @@ def compiled_residuals(
 ) -> tuple[Residual, ...]:
     """What so many blocks save when they run one after the other on an activation that needs a gradient.
 
-    Takes a second or two; what was asked once in a process is not asked again.
+    Takes a second or two; what was asked once in a checkout is not asked again (`kept.py`).
 
     Args:
         config: of which the width is taken, and the heads; not the number of blocks.
@@ -71,13 +71,18 @@ def compiled_residuals(
         raise UserError(f"a checkpoint must have from 1 to {blocks} blocks, found {group!r}")
     several = dataclasses.replace(config, num_layers=blocks, context_length=seq_len)
     policy = Policy("none") if group is None else Policy("every", group)
-    return _saved(several, batch_size, policy, tuple(sorted(choices.items())))
+    asked = {"config": dataclasses.asdict(several), "batch_size": batch_size, "choices": choices}
+    asked["policy"] = dataclasses.asdict(policy)
+
+    def ask() -> list[dict[str, Any]]:
+        return [dataclasses.asdict(residual) for residual in _saved(several, batch_size, policy, choices)]
+
+    is_ours = not any(":" in str(choice) for choice in choices.values())  # the source of others is not watched
+    found = kept("residuals", asked, ask) if is_ours else ask()
+    return tuple(Residual(**each | {"shape": tuple(each["shape"])}) for each in found)
 
 
-@functools.lru_cache(maxsize=64)
-def _saved(
-    config: TransformerConfig, batch_size: int, policy: Policy, choices: tuple[tuple[str, Any], ...]
-) -> tuple[Residual, ...]:
+def _saved(config: TransformerConfig, batch_size: int, policy: Policy, choices: dict[str, Any]) -> tuple[Residual, ...]:
     saved: list[Residual] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -89,7 +94,7 @@ def _saved(
     torch.compiler.reset()  # code for tensors without data is of no use to others, nor theirs here
     try:
         with _as_the_compiler_wants(), FakeTensorMode():
-            model: Any = build_model(config, **dict(choices))
+            model: Any = build_model(config, **choices)
             x = torch.randn(batch_size, config.context_length, config.d_model, requires_grad=True)
             compiled = [torch.compile(layer, backend=BACKEND, fullgraph=True) for layer in model.layers]
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

@@ -21,6 +21,7 @@ import functools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
+from typing import Any
 
 import torch
 
@@ -28,6 +29,7 @@ from cs336_systems.analysis.allocations import told_plainly
 from cs336_systems.analysis.cuda_autocast import cuda_rules
 from cs336_systems.analysis.operators import Call, Operator, Trace, fake_tensors, fused, trace
 from cs336_systems.errors import UserError
+from cs336_systems.kept import kept
 from cs336_systems.step import StepConfig, build_step
 
 COUNTED_ATTENTION = ("reference",)
@@ -67,7 +69,7 @@ class Stage:
 
 
 def stages_of(chosen: StepConfig) -> tuple[Stage, ...]:
-    """What a step calls, stage by stage in its order. Counted once per process.
+    """What a step calls, stage by stage in its order. Counted once per checkout, and kept (`kept.py`).
 
     Raises:
         UserError: an attention whose kernels are not those of a CPU's fake tensors; checkpoints whose work is no
@@ -105,13 +107,41 @@ class _Counted:
 @functools.lru_cache(maxsize=256)
 def _counted(chosen: StepConfig) -> _Counted:
     """Of any depth, from those of one block and of two, where the blocks are known to be equal."""
-    if chosen.model is not None or chosen.num_layers <= 2:
-        traced = _trace(chosen)
-        names = _STAGES[chosen.phase]
-        return _Counted(_stages(names, traced), _stages(names, _compiled(traced)))
+    if chosen.model is not None:  # its source is not ours to watch
+        return _count(chosen)
+    if chosen.num_layers <= 2:
+        described = dataclasses.asdict(chosen)
+        return _from_plain(kept("step_operators", described, lambda: _to_plain(_count(chosen))))
     one, two = (_counted(dataclasses.replace(chosen, num_layers=depth)) for depth in (1, 2))
     deeper = functools.partial(_deeper, depth=chosen.num_layers)
     return _Counted(tuple(map(deeper, one.eager, two.eager)), tuple(map(deeper, one.compiled, two.compiled)))
+
+
+def _count(chosen: StepConfig) -> _Counted:
+    traced, names = _trace(chosen), _STAGES[chosen.phase]
+    return _Counted(_stages(names, traced), _stages(names, _compiled(traced)))
+
+
+def _to_plain(counted: _Counted) -> dict[str, Any]:
+    """As JSON can hold it."""
+    return {
+        way: [
+            {"name": stage.name, "operators": [[dataclasses.asdict(kind), n] for kind, n in stage.operators.items()]}
+            for stage in getattr(counted, way)
+        ]
+        for way in ("eager", "compiled")
+    }
+
+
+def _from_plain(plain: dict[str, Any]) -> _Counted:
+    ways = {
+        way: tuple(
+            Stage(stage["name"], MappingProxyType({Operator(**kind): n for kind, n in stage["operators"]}))
+            for stage in stages
+        )
+        for way, stages in plain.items()
+    }
+    return _Counted(**ways)
 
 
 def _deeper(one: Stage, two: Stage, depth: int) -> Stage:
