@@ -1,0 +1,161 @@
+"""Ranks that somebody else started: `torchrun` or `srun`, on one machine or several.
+
+    torchrun --nnodes 2 --nproc-per-node 4 … scripts/measure.py collectives --profile h100
+
+Every rank runs the same command. Rank 0 leads: it alone lays out grids, keeps records and prints; wherever it launches
+a job, it puts the job where all ranks meet and takes its own part in it. The others follow: they wait for jobs, do
+their part, and end when the leader says so. A job of fewer ranks than there are leaves the last ones waiting for the
+next. Who starts the ranks also ends them: where one fails, `torchrun` and `srun --kill-on-bad-exit` end the others.
+
+Source: the environment variables of PyTorch's torchrun (docs: "Torch Distributed Elastic", environment variables) and
+of Slurm's srun.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import functools
+import os
+import pickle
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+
+from cs336_systems.distributed.rank import BACKENDS, Job, Rank, require_devices, run_job
+from cs336_systems.errors import UserError
+
+_TORCHRUN = {"rank": "RANK", "world_size": "WORLD_SIZE", "local_rank": "LOCAL_RANK", "ranks_here": "LOCAL_WORLD_SIZE"}
+_SLURM = {
+    "rank": "SLURM_PROCID",
+    "world_size": "SLURM_NTASKS",
+    "local_rank": "SLURM_LOCALID",
+    "ranks_here": "SLURM_NTASKS_PER_NODE",
+}
+_LONGEST_WAIT = datetime.timedelta(days=1)
+"""For which a follower waits for the next job: the leader may be measuring something that needs one rank."""
+_STOP = b"stop"
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """The ranks that there are, from one of them."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    ranks_here: int
+    address: str
+    port: int
+
+
+def world(environ: Mapping[str, str] = os.environ) -> World | None:
+    """The ranks that this process is one of; None if nobody started it as one.
+
+    Raises:
+        UserError: some variables are there and others are not, or are no numbers.
+    """
+    names = _TORCHRUN if "RANK" in environ else _SLURM
+    if "RANK" not in environ and not {"SLURM_PROCID", "MASTER_ADDR"} <= environ.keys():
+        return None  # a Slurm job without a place to meet is a batch script's single task
+    defaults = {"ranks_here": environ.get(names["world_size"], ""), "local_rank": "0"}
+    needed = {field: environ.get(name, defaults.get(field, "")) for field, name in names.items()}
+    needed["port"] = environ.get("MASTER_PORT", "")
+    for field, value in needed.items():
+        if not value.isdigit():
+            name = {**names, "port": "MASTER_PORT"}[field]
+            raise UserError(f"this process was started as one of several ranks, but {name} is {value or 'not set'!r}")
+    address = environ.get("MASTER_ADDR")
+    if not address:
+        raise UserError("this process was started as one of several ranks, but MASTER_ADDR is not set")
+    return World(**{field: int(value) for field, value in needed.items()}, address=address)
+
+
+@functools.cache
+def _meeting_place(given: World) -> Store:
+    """The store that all ranks know; torchrun's agent keeps it, under srun rank 0."""
+    is_agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = TCPStore(
+        given.address,
+        given.port,
+        is_master=given.rank == 0 and not is_agents,
+        timeout=_LONGEST_WAIT,
+        wait_for_workers=False,
+    )
+    return PrefixStore(f"cs336-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def lead(given: World, job: Job, on_report: Callable[[int, Any], object] | None) -> list[Any]:
+    """Run a job on the first ranks there are, this one among them; returns what each returned.
+
+    Raises:
+        UserError: the job needs more ranks than were started.
+    """
+    if job.world_size > given.world_size:
+        raise UserError(
+            f"the job needs {job.world_size} ranks, but {given.world_size} were started: start more, or ask for fewer"
+        )
+    store = _meeting_place(given)
+    number = store.add("jobs", 1)
+    store.set(f"job {number}", pickle.dumps(job))  # type: ignore[arg-type]
+    _take_part(given, job, number, store)
+    results = []
+    for rank in range(job.world_size):
+        result, reports = pickle.loads(store.get(f"job {number}, result {rank}"))
+        results.append(result)
+        if on_report is not None:
+            for report in reports:
+                on_report(rank, report)
+    return results
+
+
+def follow(given: World) -> None:
+    """Do this rank's part of every job, until the leader has no more."""
+    store, number = _meeting_place(given), 0
+    while True:
+        number += 1
+        content = store.get(f"job {number}")
+        if content == _STOP:
+            return
+        job: Job = pickle.loads(content)
+        if given.rank < job.world_size:
+            _take_part(given, job, number, store)
+
+
+def _take_part(given: World, job: Job, number: int, store: Store) -> None:
+    require_devices(job.backend, min(given.ranks_here, job.world_size))
+    kind = BACKENDS[job.backend]
+    device = torch.device(kind, given.local_rank) if kind == "cuda" else torch.device(kind)
+    reports: list[Any] = []
+
+    def send(what: str, value: Any) -> None:
+        if what == "report":
+            reports.append(value)
+
+    rank = Rank(given.rank, job.world_size, given.local_rank, job.backend, device, send)
+    result = run_job(job, rank, PrefixStore(f"job {number}", store))
+    store.set(f"job {number}, result {given.rank}", pickle.dumps((result, reports)))  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def leading_or_following() -> Iterator[bool]:
+    """For a command that may run under torchrun or srun: gives whether this process is to do the command's own work.
+
+    A rank that follows does its part of the jobs before the body, which it should then leave; the others are told to
+    stop when the leader's body ends, however it ends.
+    """
+    given = world()
+    if given is None:
+        yield True
+    elif given.rank > 0:
+        follow(given)
+        yield False
+    else:
+        try:
+            yield True
+        finally:
+            store = _meeting_place(given)
+            store.set(f"job {store.add('jobs', 1)}", _STOP)  # type: ignore[arg-type]
