@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -96,16 +97,16 @@ def test_what_goes_wrong_under_torchrun_is_told_and_ends_all_ranks(
     assert says in done.stderr
 
 
-@pytest.fixture
-def tasks(environ: dict[str, str]) -> Iterator[list[subprocess.Popen[str]]]:
-    """The three tasks of an srun, which leave it to the first to keep the place where they meet."""
+@contextlib.contextmanager
+def under_srun(way: str, environ: dict[str, str]) -> Iterator[list[subprocess.Popen[str]]]:
+    """Three tasks, which leave it to the first to keep the place where they meet."""
     with socket.socket() as reserved:
         reserved.bind(("127.0.0.1", 0))
         port = reserved.getsockname()[1]
     variables = {"SLURM_NTASKS": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    started = [
+    tasks = [
         subprocess.Popen(
-            [sys.executable, cluster_script.__file__, "working"],
+            [sys.executable, cluster_script.__file__, way],
             env={**environ, **variables, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -114,16 +115,20 @@ def tasks(environ: dict[str, str]) -> Iterator[list[subprocess.Popen[str]]]:
         for rank in range(3)
     ]
     try:
-        yield started
+        yield tasks
     finally:
-        for each in started:
+        for each in tasks:
             each.kill()
             each.communicate()
 
 
 @pytest.mark.distributed
-def test_sruns_tasks_do_the_same(tasks: list[subprocess.Popen[str]]) -> None:
-    outputs = [each.communicate() for each in tasks]
-    assert [each.returncode for each in tasks] == [0, 0, 0], outputs
-    assert json.loads(outputs[0][0]) == WORKING
+@pytest.mark.parametrize(("way", "says"), [("working", [WORKING]), ("from a child", [[6.0] * 3] * 2)])
+def test_sruns_tasks_do_jobs_of_the_leader_and_of_its_children(
+    environ: dict[str, str], way: str, says: list[object]
+) -> None:
+    with under_srun(way, environ) as tasks:
+        outputs = [each.communicate() for each in tasks]
+        assert [each.returncode for each in tasks] == [0, 0, 0], outputs
+    assert [json.loads(line) for line in outputs[0][0].splitlines()] == says
     assert [output for output, _ in outputs[1:]] == ["", ""], "only the leader prints"
