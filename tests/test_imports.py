@@ -48,7 +48,7 @@ OF_TRITON = tuple(f"cs336_systems.attention.flash_{name}" for name in ("kernels"
 
 # The rooms that the rooms of the first column may not know of.
 MEASURING = ("bench", "experiments", "workbook", "presentation", "analysis")
-SYSTEMS = ("model", "loss", "optimizer", "checkpointing", "compilation", "step", "attention", "profiling")
+SYSTEMS = ("model", "loss", "optimizer", "checkpointing", "compilation", "step", "attention", "distributed", "profiling")
 FORBIDDEN: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(SYSTEMS, MEASURING),
     "bench": (*(set(SYSTEMS) - {"profiling"}), "experiments", "workbook", "presentation"),
@@ -134,7 +134,7 @@ def test_a_room_imports_nothing_of_the_rooms_that_it_must_not_know(room: str) ->
         assert rooms_imported(path) & set(FORBIDDEN[room]) == set(), path
 
 
-@pytest.mark.parametrize("room", ["model", "step", "attention", "bench"])
+@pytest.mark.parametrize("room", ["model", "step", "attention", "distributed", "bench"])
 def test_what_is_measured_and_what_times_it_know_of_profiling_the_ranges_alone(room: str) -> None:
     used = {name for path in files_of(room) for name in modules_imported(path) if ".profiling" in name}
     assert used == {"cs336_systems.profiling.ranges"}
