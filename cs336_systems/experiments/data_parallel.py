@@ -57,6 +57,8 @@ COMPARED_MB = 25
 """The bucket size at which ours stands beside PyTorch's own, which takes about this by default."""
 SHOWN_GAP_MS = 0.5
 """Spans of a timeline that are closer than this are shown as one."""
+AT_ONCE, EACH = "all gradients at once", "each gradient"
+"""The two reductions, with nothing beside them, from which the price of a call follows."""
 TIMES = ("step_ms", "gradients_ms", "finish_ms")
 
 
@@ -284,14 +286,36 @@ def train(rank: Rank, case: Case) -> dict[str, Any]:
                 for name, taken in zip(TIMES, times, strict=True):
                     variant.times[name].append(taken)
             rank.report(None)
+    reductions = time_reductions(rank, built.model, case)
     recorded = {each.name: record(each, rank, chosen, built.optimizer, built.batch) for each in variants[1:]}
     gradients = [each for each in built.model.parameters() if each.requires_grad]
     return {
         "times": {each.name: each.times for each in variants},
         "recorded": recorded,
+        "reductions_ms": reductions,
         "gradient_bytes": sum(each.numel() * each.element_size() for each in gradients),
         "gradients": len(gradients),
     }
+
+
+def time_reductions(rank: Rank, model: nn.Module, case: Case) -> dict[str, list[float]]:
+    """The reductions alone, while nothing else is done: of all gradients at once, and of each by itself, in turn."""
+    sizes = [each.numel() for each in model.parameters() if each.requires_grad]
+    buffer = torch.zeros(sum(sizes), device=rank.device)
+    ways = {AT_ONCE: [buffer], EACH: list(buffer.split(sizes))}
+    taken: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(case.warmup + case.rounds):
+        for name, tensors in ways.items():
+            dist.barrier()
+            _wait_for_all(rank)
+            begin = time.perf_counter()
+            for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+                work.wait()
+            _wait_for_all(rank)
+            if turn >= case.warmup:
+                taken[name].append(1e3 * (time.perf_counter() - begin))
+        rank.report(None)
+    return taken
 
 
 def record(
@@ -326,7 +350,7 @@ def measure(case: Case, on_part: OnPart) -> Measurement:
         UserError: more ranks than GPUs, or a wrapper that cannot be made.
     """
     require_memory(case)
-    steps = (1 + len(case.variants)) * (case.warmup + case.rounds) + len(case.variants)
+    steps = (2 + len(case.variants)) * (case.warmup + case.rounds) + len(case.variants)
     done = 0
 
     def count(_rank: int, _value: object) -> None:
@@ -347,6 +371,10 @@ def measure(case: Case, on_part: OnPart) -> Measurement:
         for name in ranks[0]["times"]
         for time_name in TIMES
     }
+    for way in (AT_ONCE, EACH):
+        samples[f"{way} ms"] = [
+            max(taken) for taken in zip(*(each["reductions_ms"][way] for each in ranks), strict=True)
+        ]
     values = {
         "gradient_bytes": ranks[0]["gradient_bytes"],
         "gradients": ranks[0]["gradients"],
@@ -482,14 +510,12 @@ def _overlapped_share(values: Mapping[str, Any], name: str) -> float:
 
 
 def fitted_cost(record: Record) -> CallCost | None:
-    """What a call costs, from the two wrappers that reduce after backward; None without both, or where none follows."""
-    samples, values = record.measurement.samples, record.measurement.values
+    """What a call costs, from the reductions with nothing beside them; None where nothing follows."""
     if record.status != "ok":
         return None
-    at_once, each = (
-        (_over_ranks(values, name, "calls"), _mean(samples, name, "finish_ms") / 1e3) for name in ("flat", "naive")
-    )
-    return call_cost(values["gradient_bytes"], at_once, each)
+    samples, values = record.measurement.samples, record.measurement.values
+    at_once_s, each_s = (describe(samples[f"{way} ms"]).median / 1e3 for way in (AT_ONCE, EACH))
+    return call_cost(values["gradient_bytes"], (1, at_once_s), (values["gradients"], each_s))
 
 
 def _modelled_ms(cost: CallCost | None, wrapper: str, gradient_bytes: float, calls: float) -> float:
