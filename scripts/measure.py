@@ -3,6 +3,7 @@
 
     python scripts/measure.py transformer_step                    one experiment at laptop size
     python scripts/measure.py --all --profile h200                everything a profile names
+    torchrun --nnodes 2 … scripts/measure.py collectives …        with torchrun's ranks, on several machines
 
 The grids are those of the notebooks. A call can be stopped at any time; the same call again goes on with what is
 missing or stale.
@@ -17,6 +18,7 @@ from typing import Any
 from cs336_systems.bench import sweep
 from cs336_systems.bench.grid import Cell
 from cs336_systems.bench.records import Store
+from cs336_systems.distributed.cluster import leading_or_following
 from cs336_systems.errors import HelpFormatter, UserError, run_command
 from cs336_systems.experiments import experiment_names, load_experiment, machine_peaks
 from cs336_systems.presentation import load_presentation
@@ -27,6 +29,12 @@ from cs336_systems.workbook.profiles import LAPTOP, experiments_of, load_profile
 
 def main(argv: list[str] | None) -> int:
     arguments = parse(argv)
+    with leading_or_following() as leads:
+        return work(arguments) if leads else 0
+
+
+def work(arguments: argparse.Namespace) -> int:
+    """What the command does; under torchrun or srun the first rank does it, and the others follow its jobs."""
     if arguments.list:
         print("\n".join(experiment_names()))
         return 0

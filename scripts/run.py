@@ -22,6 +22,7 @@ import pandas as pd
 
 from cs336_systems.bench.records import Store
 from cs336_systems.bench.report import Column, Table, number, plural, seconds_in_words
+from cs336_systems.distributed.cluster import leading_or_following
 from cs336_systems.errors import HelpFormatter, UserError, run_command, unknown_name
 from cs336_systems.repository import shown_path
 from cs336_systems.workbook.documents import require_tools
@@ -45,6 +46,12 @@ from cs336_systems.workbook.run import NotebookRun, execute
 
 def main(argv: list[str] | None) -> int:
     arguments = parse(argv)
+    with leading_or_following() as leads:
+        return work(arguments) if leads else 0
+
+
+def work(arguments: argparse.Namespace) -> int:
+    """What the command does; under torchrun or srun the first rank does it, and the others follow its notebooks."""
     index = load_index()
     if arguments.list:
         print_list(index)

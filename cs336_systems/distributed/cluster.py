@@ -38,6 +38,8 @@ _SLURM = {
 _LONGEST_WAIT = datetime.timedelta(days=1)
 """For which a follower waits for the next job: the leader may be measuring something that needs one rank."""
 _STOP = b"stop"
+_SERVED = "CS336_STORE_IS_SERVED"
+"""Told to the leader's own children, as a notebook's kernel is: the store where all ranks meet is there already."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,12 +78,12 @@ def world(environ: Mapping[str, str] = os.environ) -> World | None:
 
 @functools.cache
 def _meeting_place(given: World) -> Store:
-    """The store that all ranks know; torchrun's agent keeps it, under srun rank 0."""
-    is_agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    """The store that all ranks know: torchrun's agent keeps it, under srun the leader's command."""
+    is_served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or _SERVED in os.environ
     store = TCPStore(
         given.address,
         given.port,
-        is_master=given.rank == 0 and not is_agents,
+        is_master=given.rank == 0 and not is_served,
         timeout=_LONGEST_WAIT,
         wait_for_workers=False,
     )
@@ -154,8 +156,10 @@ def leading_or_following() -> Iterator[bool]:
         follow(given)
         yield False
     else:
+        store = _meeting_place(given)
+        os.environ[_SERVED] = "1"
         try:
             yield True
         finally:
-            store = _meeting_place(given)
+            del os.environ[_SERVED]
             store.set(f"job {store.add('jobs', 1)}", _STOP)  # type: ignore[arg-type]

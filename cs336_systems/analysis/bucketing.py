@@ -1,0 +1,56 @@
+"""What gradients of data parallel cost beyond their computation, by the number of buckets in which they are reduced.
+
+Of a model with s bytes of gradients, w the bytes per second that an all-reduce gets through, o the seconds that each
+call costs whatever its size, and n equal buckets:
+
+    one after the other, after backward      s/w + n·o
+    overlapped with backward                 s/(n·w) + n·o
+
+The second, as the handout asks it, assumes that computing the gradients of a bucket takes as long as reducing it: then
+all reductions hide behind backward but the last bucket's, and what each call costs is nobody else's to hide. Small
+buckets pay for calls and large ones for the last; the least lies where both pay the same:
+
+    n* = √(s / (w·o)),   a bucket of s/n* = √(s·w·o) bytes,   and an overhead of 2·√(s·o/w)
+
+Both constants follow from two reductions of the same gradients that nothing overlaps: one call of all, and one per
+parameter.
+
+Source: CS336 assignment 2 (2025), ddp_bucketed_benchmarking (b).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+
+@dataclasses.dataclass(frozen=True)
+class CallCost:
+    """What a collective call costs: a bandwidth and a price of its own."""
+
+    bytes_per_s: float
+    seconds_per_call: float
+
+    def in_turn_s(self, gradient_bytes: float, calls: float) -> float:
+        """All reductions after backward, one after the other."""
+        return gradient_bytes / self.bytes_per_s + calls * self.seconds_per_call
+
+    def overlapped_s(self, gradient_bytes: float, buckets: float) -> float:
+        """What is left after backward where all but the last bucket hide behind it, and the price of all calls."""
+        return gradient_bytes / (buckets * self.bytes_per_s) + buckets * self.seconds_per_call
+
+    def best_bucket_bytes(self, gradient_bytes: float) -> float:
+        """The size of a bucket with the least overhead: no more than all, and all where a call costs nothing less."""
+        return min(gradient_bytes, math.sqrt(gradient_bytes * self.bytes_per_s * self.seconds_per_call))
+
+
+def call_cost(gradient_bytes: float, at_once_s: float, calls: int, each_s: float) -> CallCost | None:
+    """The constants from one call of all gradients and from `calls` calls of the same bytes.
+
+    None where they do not follow: one call took at least as long as many, or no longer than its own price.
+    """
+    if calls < 2 or not 0 < at_once_s < each_s:
+        return None
+    seconds_per_call = (each_s - at_once_s) / (calls - 1)
+    moving_s = at_once_s - seconds_per_call
+    return CallCost(gradient_bytes / moving_s, seconds_per_call) if moving_s > 0 else None

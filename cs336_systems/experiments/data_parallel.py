@@ -1,0 +1,485 @@
+"""A training step on several ranks, by the wrapper that averages its gradients; all wrappers in one launch, in turn.
+
+Problems `naive_ddp_benchmarking` to `ddp_bucketed_benchmarking`. Each rank builds one model and one optimizer, and
+wraps a replica per wrapper: modules of their own whose parameters share the memory of the first, so that a dozen
+wrappers hold the weights once, and the hooks of one are none of another's. Every round takes one step with each, after a
+barrier, the plain model without any communication among them. Afterwards one step of each is recorded by the profiler,
+from which follows how much of the communication was overlapped.
+
+Source: CS336 assignment 2, sections 2.2 and 2.3 (2025).
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from cs336_systems.analysis import flops
+from cs336_systems.analysis.bucketing import CallCost, call_cost
+from cs336_systems.analysis.hardware import Peaks
+from cs336_systems.bench import grid as grids
+from cs336_systems.bench.allocator import available_bytes
+from cs336_systems.bench.machine import resolve_device
+from cs336_systems.bench.records import Measurement, Record, Store
+from cs336_systems.bench.report import bytes_in_words
+from cs336_systems.bench.sweep import OnPart, OutOfMemory
+from cs336_systems.bench.timing import describe
+from cs336_systems.distributed.launch import RankFailed, launch
+from cs336_systems.distributed.rank import Rank
+from cs336_systems.distributed.variants import NAMES, WITH_BUCKETS, load_ddp, wrap
+from cs336_systems.errors import UserError
+from cs336_systems.experiments.transformer_step import bound_ms
+from cs336_systems.model import model_size
+from cs336_systems.object_reference import is_object_reference
+from cs336_systems.profiling.overlap import merged, read_overlap
+from cs336_systems.profiling.ranges import named_range
+from cs336_systems.profiling.recorder import record_trace
+from cs336_systems.step import StepConfig, build_step, step_of
+
+ALONE = "alone"
+"""The step without any communication: what is below every other."""
+BYTES_PER_MB = 1_000_000
+LAPTOP_CONTEXTS: Mapping[str, Sequence[int]] = {"small": [64]}
+LAPTOP_BUCKETS_MB = (1, 10, 100)
+WRAPPERS = ("naive", "flat", "overlapped", "bucketed", "torch")
+COMPARED_MB = 25
+"""The bucket size at which ours stands beside PyTorch's own, which takes about this by default."""
+SHOWN_GAP_MS = 0.5
+"""Spans of a timeline that are closer than this are shown as one."""
+TIMES = ("step_ms", "gradients_ms", "finish_ms")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case(StepConfig):
+    """One model on so many ranks. All of it is checked on creation; `batch_size` is that of all ranks together.
+
+    Raises:
+        UserError: a value that cannot be; the message names it and lists what can.
+    """
+
+    world_size: int = 2
+    wrappers: tuple[str, ...] = WRAPPERS
+    buckets_mb: tuple[float, ...] = LAPTOP_BUCKETS_MB
+    warmup: int = 1
+    rounds: int = 3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, least in (("world_size", 2), ("warmup", 0), ("rounds", 1), ("seed", 0)):
+            self.require_whole(name, least)
+        object.__setattr__(self, "wrappers", tuple(self.wrappers))
+        object.__setattr__(self, "buckets_mb", tuple(self.buckets_mb))
+        for name in self.wrappers:
+            load_ddp(name)
+        if not self.wrappers:
+            raise UserError(f"wrappers is empty: name one or more of {', '.join(NAMES)}, or module:Class")
+        for size in self.buckets_mb:
+            if not isinstance(size, (int, float)) or isinstance(size, bool) or not 0 < size < math.inf:
+                raise UserError(f"a bucket must be larger than 0 MB, found {size!r}")
+        if self.batch_size % self.world_size:
+            raise UserError(
+                f"a batch of {self.batch_size} cannot be divided among {self.world_size} ranks: "
+                f"expected a multiple of {self.world_size}"
+            )
+        if self.compile != "none" or self.phase != "step" or self.dtype != "float32":
+            raise UserError("data parallel is measured of whole eager steps with float32 weights")
+
+    @property
+    def object_references(self) -> tuple[str, ...]:
+        return (*super().object_references, *filter(is_object_reference, self.wrappers))
+
+    @property
+    def backend(self) -> str:
+        return "nccl" if self.device == "cuda" else "gloo"
+
+    @property
+    def step_of_rank(self) -> StepConfig:
+        """The step of one rank, on its part of the batch."""
+        names = {field.name for field in dataclasses.fields(StepConfig)}
+        own = {name: getattr(self, name) for name in names} | {"batch_size": self.batch_size // self.world_size}
+        return StepConfig(**own)
+
+    @property
+    def variants(self) -> tuple[tuple[str, float | None], ...]:
+        """Wrapper and bucket size of each that takes its turn; ours in buckets at PyTorch's size too, if both are."""
+        sizes = dict.fromkeys(self.buckets_mb)
+        found: list[tuple[str, float | None]] = []
+        for name in dict.fromkeys(self.wrappers):
+            if name == "torch":
+                found.append((name, COMPARED_MB))
+            elif name in WITH_BUCKETS:
+                compared = [COMPARED_MB] if "torch" in self.wrappers else []
+                found += [(name, size) for size in sorted({*sizes, *compared})]
+            else:
+                found.append((name, None))
+        return tuple(found)
+
+    def __str__(self) -> str:
+        return f"{self.size}, context {self.context_length}, {self.world_size} ranks"
+
+
+def variant_name(wrapper: str, bucket_mb: float | None) -> str:
+    """`bucketed 25 MB`, or the wrapper's name alone."""
+    return wrapper if bucket_mb is None else f"{wrapper} {bucket_mb:g} MB"
+
+
+def grid(
+    *,
+    contexts: Mapping[str, Sequence[int]] = LAPTOP_CONTEXTS,
+    world_sizes: Sequence[int] = (2,),
+    wrappers: Sequence[str] = WRAPPERS,
+    buckets_mb: Sequence[float] = LAPTOP_BUCKETS_MB,
+    batch_size: int = 2,
+    autocast: str | Sequence[str] = "none",
+    optimizer: str = "reference",
+    formulation: str = "reference",
+    rope: str = "2025",
+    model: str | None = None,
+    device: str = "auto",
+    device_count: int | None = None,
+    warmup: int = 1,
+    rounds: int = 3,
+    seed: int = 0,
+) -> list[grids.Cell[Case]]:
+    """Sizes × contexts × world sizes; a case takes all wrappers.
+
+    Args:
+        contexts: the context lengths of each size, by its name.
+        batch_size: of all ranks together.
+        buckets_mb: of the wrapper in buckets, in MB of 10^6 bytes.
+        device_count: the GPUs of the machine whose grid this is; by default those that are here.
+
+    Raises:
+        UserError: an unknown name or an impossible value.
+    """
+    where = resolve_device(device)
+    gpus = torch.cuda.device_count() if device_count is None else device_count
+
+    def skip_reason(case: Case) -> str | None:
+        if case.device == "cuda" and case.world_size > gpus:
+            return f"{case.world_size} ranks need as many GPUs, and this machine has {gpus}"
+        return None
+
+    cells: list[grids.Cell[Case]] = []
+    for name, lengths in contexts.items():
+        size = model_size(name)
+        cells += grids.product(
+            Case,
+            skip=skip_reason,
+            **{field.name: getattr(size, field.name) for field in dataclasses.fields(size)}
+            | {"context_length": lengths},
+            world_size=world_sizes,
+            wrappers=[tuple(wrappers)],
+            buckets_mb=[tuple(buckets_mb)],
+            batch_size=batch_size,
+            autocast=autocast,
+            optimizer=optimizer,
+            formulation=formulation,
+            rope=rope,
+            model=model,
+            device=where,
+            warmup=warmup,
+            rounds=rounds,
+            seed=seed,
+        )
+    return cells
+
+
+# Measuring -----------------------------------------------------------------------------------------------------
+
+
+class Variant:
+    """One wrapper around its own replica of the model, and its steps."""
+
+    def __init__(self, name: str, model: nn.Module, wrapped: nn.Module | None, replica: nn.Module) -> None:
+        self.name, self._wrapped, self._replica = name, wrapped, replica
+        self._pairs = list(zip(model.parameters(), replica.parameters(), strict=True))
+        self.times: dict[str, list[float]] = {each: [] for each in TIMES}
+
+    def step(self, rank: Rank, case: StepConfig, optimizer: torch.optim.Optimizer, batch: torch.Tensor) -> list[float]:
+        """One step of this rank, from a moment at which all ranks are there; its times in the order of `TIMES`."""
+        for _, mine in self._pairs:
+            mine.grad = None
+        run = step_of(dataclasses.replace(case, phase="forward-backward"), self.module, optimizer, batch)
+        dist.barrier()
+        _wait_for_all(rank)
+        begin = time.perf_counter()
+        with named_range("step"):
+            run()
+            if rank.device.type == "cuda":  # the products, not what NCCL does beside them
+                torch.cuda.current_stream().synchronize()
+            computed = time.perf_counter()
+            if self._wrapped is not None:
+                self._wrapped.finish_gradient_synchronization()
+            _wait_for_all(rank)
+            communicated = time.perf_counter()
+            for shared, mine in self._pairs:
+                shared.grad, mine.grad = mine.grad, None
+            with named_range("optimizer"):
+                optimizer.step()
+            _wait_for_all(rank)
+        end = time.perf_counter()
+        optimizer.zero_grad(set_to_none=True)
+        return [
+            1e3 * (moment - since) for moment, since in ((end, begin), (communicated, begin), (communicated, computed))
+        ]
+
+    @property
+    def module(self) -> nn.Module:
+        return self._replica if self._wrapped is None else self._wrapped
+
+
+def _wait_for_all(rank: Rank) -> None:
+    """For everything that the GPU was given."""
+    if rank.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def replica_of(model: nn.Module) -> nn.Module:
+    """The same modules with parameters and buffers of their own that lie in the memory of the model's."""
+    same: dict[int, Any] = {id(each): nn.Parameter(each.detach(), each.requires_grad) for each in model.parameters()}
+    same |= {id(each): each.detach() for each in model.buffers()}
+    return copy.deepcopy(model, same)
+
+
+def train(rank: Rank, case: Case) -> dict[str, Any]:
+    """What one rank measures: times of every variant, and the spans of one recorded step of each."""
+    torch.manual_seed(case.seed + rank.rank)  # weights are rank 0's once a wrapper is there, batches are not
+    chosen = case.step_of_rank
+    built = build_step(chosen)
+    rank.alive()
+    variants = [Variant(ALONE, built.model, None, replica_of(built.model))]
+    for wrapper, size in case.variants:
+        replica = replica_of(built.model)
+        wrapped = wrap(wrapper, replica, size)
+        variants.append(Variant(variant_name(wrapper, size), built.model, wrapped, replica))
+        rank.alive()
+    for turn in range(case.warmup + case.rounds):
+        for variant in variants[turn % len(variants) :] + variants[: turn % len(variants)]:
+            times = variant.step(rank, chosen, built.optimizer, built.batch)
+            if turn >= case.warmup:
+                for name, taken in zip(TIMES, times, strict=True):
+                    variant.times[name].append(taken)
+            rank.report(None)
+    recorded = {each.name: record(each, rank, chosen, built.optimizer, built.batch) for each in variants[1:]}
+    gradients = [each for each in built.model.parameters() if each.requires_grad]
+    return {
+        "times": {each.name: each.times for each in variants},
+        "recorded": recorded,
+        "gradient_bytes": sum(each.numel() * each.element_size() for each in gradients),
+        "gradients": len(gradients),
+    }
+
+
+def record(
+    variant: Variant, rank: Rank, case: StepConfig, optimizer: torch.optim.Optimizer, batch: torch.Tensor
+) -> dict[str, Any]:
+    """When a recorded step computed and communicated."""
+    with tempfile.TemporaryDirectory(prefix="cs336-trace-") as folder:
+        path = Path(folder) / "trace.json"
+        with record_trace(path, rank.device.type):
+            variant.step(rank, case, optimizer, batch)
+        found = read_overlap(path, "step")
+    rank.report(None)
+    return {
+        "calls": found.calls,
+        "communication_ms": found.communication_ms,
+        "overlapped_ms": found.overlapped_ms,
+        "compute_spans_ms": [list(span) for span in merged(found.compute, SHOWN_GAP_MS)],
+        "communication_spans_ms": [list(span) for span in merged(found.communication, SHOWN_GAP_MS)],
+    }
+
+
+def measure(case: Case, on_part: OnPart) -> Measurement:
+    """Samples: `<variant> <time>`, each step's of the slowest rank. Values: by rank all times, and what was recorded.
+
+    Raises:
+        OutOfMemory: weights, gradients and optimizer state of all ranks exceed what is available, or a rank was killed.
+        UserError: more ranks than GPUs, or a wrapper that cannot be made.
+    """
+    require_memory(case)
+    steps = (1 + len(case.variants)) * (case.warmup + case.rounds) + len(case.variants)
+    done = 0
+
+    def count(_rank: int, _value: object) -> None:
+        nonlocal done
+        done += 1
+        on_part(min(1.0, done / (steps * case.world_size)))
+
+    try:
+        ranks = launch(train, case, world_size=case.world_size, backend=case.backend, on_report=count)
+    except RankFailed as error:
+        if error.signal_name == "SIGKILL":
+            raise OutOfMemory(str(error)) from error
+        raise
+    samples = {
+        f"{name} {time_name}": [
+            max(taken) for taken in zip(*(each["times"][name][time_name] for each in ranks), strict=True)
+        ]
+        for name in ranks[0]["times"]
+        for time_name in TIMES
+    }
+    values = {
+        "gradient_bytes": ranks[0]["gradient_bytes"],
+        "gradients": ranks[0]["gradients"],
+        "ranks": [{"times": each["times"], "recorded": each["recorded"]} for each in ranks],
+    }
+    return Measurement(samples=samples, values=values)
+
+
+def require_memory(case: Case) -> None:
+    """Refuse what cannot fit before it is built: on a CPU all ranks share its memory.
+
+    Raises:
+        OutOfMemory: with what is needed at least, and what there is.
+    """
+    sharing = case.world_size if case.device == "cpu" else 1
+    # The largest buffer of gradients on their way is that of all as one.
+    needed = sharing * (flops.resident_bytes(case.config, "step") + 4 * sum(flops.parameters(case.config).values()))
+    available = available_bytes(case.device)
+    if needed > available:
+        raise OutOfMemory(
+            f"weights, gradients, optimizer state and the gradients on their way of {sharing} ranks need at least "
+            f"{bytes_in_words(needed)}, and {bytes_in_words(available)} are available: take a smaller size"
+        )
+
+
+# Summarising ---------------------------------------------------------------------------------------------------
+
+
+def predict(cases: Sequence[Case], peaks: Peaks) -> pd.DataFrame:
+    """One row per case: what is reduced in every step, the model's floor, and the variants that take their turns."""
+    return pd.DataFrame(
+        [
+            {
+                "size": case.size,
+                **dataclasses.asdict(case),
+                "gradient_bytes": 4 * sum(flops.parameters(case.config).values()),
+                "bound_ms": floor_ms(case, peaks),
+                "ceilings": peaks.name,
+                "variants": len(case.variants),
+            }
+            for case in cases
+        ]
+    )
+
+
+def floor_ms(case: Case, peaks: Peaks) -> float:
+    """The floor of a step: on a CPU all ranks share its cores, each GPU has a rank of its own."""
+    step = (
+        dataclasses.replace(case.step_of_rank, batch_size=case.batch_size)
+        if case.device == "cpu"
+        else case.step_of_rank
+    )
+    return bound_ms(step, peaks)[0]
+
+
+def summarise(
+    records: Sequence[Record],
+    peaks: Peaks,
+    *,
+    store: Store | None = None,
+    fingerprint: Mapping[str, Any] | None = None,
+) -> pd.DataFrame:
+    """One row per record and variant: its times, what of them is communication, and what a model of the overhead says.
+
+    `exposed_ms` is what the gradients took longer than without communication: what was not hidden.
+    """
+    del store
+    rows = []
+    for record in records:
+        case = Case(**record.case)
+        values, samples = record.measurement.values, record.measurement.samples
+        cost = fitted_cost(record)
+        alone = _mean(samples, ALONE, "gradients_ms")
+        shared = {
+            "size": case.size,
+            **{name: value for name, value in record.case.items() if name not in ("wrappers", "buckets_mb")},
+            "case": record.key,
+            **record.circumstances(fingerprint),
+            "gradient_bytes": values.get("gradient_bytes", math.nan),
+            "gradients": values.get("gradients", math.nan),
+            "bound_ms": floor_ms(case, peaks),
+            "bytes_per_s": cost.bytes_per_s if cost else math.nan,
+            "seconds_per_call": cost.seconds_per_call if cost else math.nan,
+        }
+        for wrapper, size in ((ALONE, None), *case.variants):
+            name = variant_name(wrapper, size)
+            statistics = describe(steps) if (steps := samples.get(f"{name} step_ms")) else None
+            exposed = _mean(samples, name, "gradients_ms") - alone if wrapper != ALONE else math.nan
+            mean = statistics.mean if statistics else math.nan
+            calls = _over_ranks(values, name, "calls")
+            rows.append(
+                {
+                    **shared,
+                    "variant": name,
+                    "wrapper": wrapper,
+                    "bucket_mb": size if size is not None else math.nan,
+                    "mean_ms": mean,
+                    "std_ms": statistics.std if statistics else math.nan,
+                    "median_ms": statistics.median if statistics else math.nan,
+                    "finish_ms": _mean(samples, name, "finish_ms") if wrapper != ALONE else math.nan,
+                    "exposed_ms": exposed,
+                    "exposed_share": exposed / mean,
+                    "calls": calls,
+                    "communication_ms": _over_ranks(values, name, "communication_ms"),
+                    "overlapped": _overlapped_share(values, name),
+                    "modelled_ms": _modelled_ms(cost, wrapper, shared["gradient_bytes"], calls),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def _mean(samples: Mapping[str, Sequence[float]], name: str, time_name: str) -> float:
+    taken = samples.get(f"{name} {time_name}")
+    return describe(taken).mean if taken else math.nan
+
+
+def _recorded(values: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
+    found = [each["recorded"].get(name) for each in values.get("ranks", [])]
+    return [each for each in found if each is not None]
+
+
+def _over_ranks(values: Mapping[str, Any], name: str, what: str) -> float:
+    found = [each[what] for each in _recorded(values, name)]
+    return sum(found) / len(found) if found else math.nan
+
+
+def _overlapped_share(values: Mapping[str, Any], name: str) -> float:
+    """The share of communication during which its rank computed, over all ranks."""
+    recorded = _recorded(values, name)
+    communicating = sum(each["communication_ms"] for each in recorded)
+    return sum(each["overlapped_ms"] for each in recorded) / communicating if communicating else math.nan
+
+
+def fitted_cost(record: Record) -> CallCost | None:
+    """What a call costs, from the two wrappers that reduce after backward; None without both, or where none follows."""
+    samples, values = record.measurement.samples, record.measurement.values
+    at_once, each = (_mean(samples, name, "finish_ms") / 1e3 for name in ("flat", "naive"))
+    return call_cost(values["gradient_bytes"], at_once, values["gradients"], each) if each == each else None
+
+
+def _modelled_ms(cost: CallCost | None, wrapper: str, gradient_bytes: float, calls: float) -> float:
+    """The overhead that the model expects of a wrapper; NaN for one of which it says nothing."""
+    if cost is None or wrapper == ALONE or is_object_reference(wrapper) or calls != calls:
+        return math.nan
+    overhead = cost.in_turn_s if wrapper in ("naive", "flat") else cost.overlapped_s
+    return 1e3 * overhead(gradient_bytes, calls)
+
+
+def predicted_seconds(case: Case, peaks: Peaks, slowdown: float) -> float:
+    """As many steps as there are turns, and twice that for each that is recorded."""
+    turns = (1 + len(case.variants)) * (case.warmup + case.rounds) + 3 * len(case.variants)
+    return turns * floor_ms(case, peaks) * slowdown / 1e3
