@@ -24,12 +24,20 @@ pytest_plugins = ["pytester"]
 OUTCOMES = pytest.StashKey[dict[str, list[str]]]()
 """Per problem, the outcomes of its tests: passed, failed or skipped."""
 
+BRING_YOUR_OWN = {"--attention": "climbing", "--ddp": "wrapping"}
+"""For each option that names somebody else's implementation, the argument of the tests that take it."""
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--attention",
         metavar="MODULE:ATTRIBUTE",
         help="test this implementation of attention, and nothing else, on the rungs of cs336_systems.attention.ladder",
+    )
+    parser.addoption(
+        "--ddp",
+        metavar="MODULE:CLASS",
+        help="test this data-parallel wrapper, and nothing else, on what the course asks of one",
     )
 
 
@@ -40,8 +48,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--attention") is not None:
-        others = [item for item in items if "climbing" not in getattr(item, "fixturenames", ())]
+    chosen = {fixture for option, fixture in BRING_YOUR_OWN.items() if config.getoption(option) is not None}
+    if chosen:
+        others = [item for item in items if not chosen & {*getattr(item, "fixturenames", ())}]
         config.hook.pytest_deselected(items=others)
         items[:] = [item for item in items if item not in others]
     known = load_index().problems

@@ -48,7 +48,17 @@ OF_TRITON = tuple(f"cs336_systems.attention.flash_{name}" for name in ("kernels"
 
 # The rooms that the rooms of the first column may not know of.
 MEASURING = ("bench", "experiments", "workbook", "presentation", "analysis")
-SYSTEMS = ("model", "loss", "optimizer", "checkpointing", "compilation", "step", "attention", "distributed", "profiling")
+SYSTEMS = (
+    "model",
+    "loss",
+    "optimizer",
+    "checkpointing",
+    "compilation",
+    "step",
+    "attention",
+    "distributed",
+    "profiling",
+)
 FORBIDDEN: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(SYSTEMS, MEASURING),
     "bench": (*(set(SYSTEMS) - {"profiling"}), "experiments", "workbook", "presentation"),

@@ -64,10 +64,11 @@ def _description(module: nn.Module) -> Iterator[str]:
     ):
         for name, tensor in named:
             shape = "not known yet" if is_lazy(tensor) else str(tuple(tensor.shape))
+            place = " on meta" if tensor.is_meta else ""
             frozen = ", frozen" if kind == "parameter" and not tensor.requires_grad else ""
             first = first_names.setdefault(id(tensor), name)
             tied = f", tied to {first!r}" if first != name else ""
-            yield f"the {kind} {name!r} of shape {shape} and {tensor.dtype}{frozen}{tied}"
+            yield f"the {kind} {name!r} of shape {shape} and {tensor.dtype}{place}{frozen}{tied}"
 
 
 @torch.no_grad()
