@@ -12,8 +12,7 @@ buckets pay for calls and large ones for the last; the least lies where both pay
 
     n* = √(s / (w·o)),   a bucket of s/n* = √(s·w·o) bytes,   and an overhead of 2·√(s·o/w)
 
-Both constants follow from two reductions of the same gradients that nothing overlaps: one call of all, and one per
-parameter.
+Both constants follow from two reductions with nothing beside them: of a single number, and of all gradients at once.
 
 Source: CS336 assignment 2 (2025), ddp_bucketed_benchmarking (b).
 """
@@ -44,14 +43,10 @@ class CallCost:
         return min(gradient_bytes, math.sqrt(gradient_bytes * self.bytes_per_s * self.seconds_per_call))
 
 
-def call_cost(gradient_bytes: float, few: tuple[float, float], many: tuple[float, float]) -> CallCost | None:
-    """The constants from two reductions of the same bytes, each given as its number of calls and its seconds.
-
-    None where they do not follow: many calls took no longer than few, or few no longer than what their calls cost.
-    """
-    (few_calls, few_s), (many_calls, many_s) = few, many
-    if not (0 < few_calls < many_calls and 0 < few_s < many_s):
+def call_cost(few_bytes: float, few_s: float, many_bytes: float, many_s: float) -> CallCost | None:
+    """The constants from one call of next to nothing and one of many bytes; None where the first took no less."""
+    if not (0 <= few_bytes < many_bytes and 0 < few_s < many_s):
         return None
-    seconds_per_call = (many_s - few_s) / (many_calls - few_calls)
-    moving_s = few_s - few_calls * seconds_per_call
-    return CallCost(gradient_bytes / moving_s, seconds_per_call) if moving_s > 0 else None
+    bytes_per_s = (many_bytes - few_bytes) / (many_s - few_s)
+    seconds_per_call = few_s - few_bytes / bytes_per_s
+    return CallCost(bytes_per_s, seconds_per_call) if seconds_per_call > 0 else None

@@ -57,8 +57,9 @@ COMPARED_MB = 25
 """The bucket size at which ours stands beside PyTorch's own, which takes about this by default."""
 SHOWN_GAP_MS = 0.5
 """Spans of a timeline that are closer than this are shown as one."""
-AT_ONCE, EACH = "all gradients at once", "each gradient"
-"""The two reductions, with nothing beside them, from which the price of a call follows."""
+ONE_NUMBER, AT_ONCE = "one number", "all gradients"
+"""The two reductions, with nothing beside them, from which the price of a call and its bandwidth follow."""
+CALLS_OF_ONE_NUMBER = 20
 TIMES = ("step_ms", "gradients_ms", "finish_ms")
 
 
@@ -299,21 +300,21 @@ def train(rank: Rank, case: Case) -> dict[str, Any]:
 
 
 def time_reductions(rank: Rank, model: nn.Module, case: Case) -> dict[str, list[float]]:
-    """The reductions alone, while nothing else is done: of all gradients at once, and of each by itself, in turn."""
-    sizes = [each.numel() for each in model.parameters() if each.requires_grad]
-    buffer = torch.zeros(sum(sizes), device=rank.device)
-    ways = {AT_ONCE: [buffer], EACH: list(buffer.split(sizes))}
-    taken: dict[str, list[float]] = {name: [] for name in ways}
+    """Calls alone, while nothing else is done, in turn: of a single number, and of all gradients at once."""
+    gradients = sum(each.numel() for each in model.parameters() if each.requires_grad)
+    tensors = {ONE_NUMBER: torch.zeros(1, device=rank.device), AT_ONCE: torch.zeros(gradients, device=rank.device)}
+    taken: dict[str, list[float]] = {name: [] for name in tensors}
     for turn in range(case.warmup + case.rounds):
-        for name, tensors in ways.items():
+        for name, tensor in tensors.items():
+            calls = CALLS_OF_ONE_NUMBER if name == ONE_NUMBER else 1
             dist.barrier()
             _wait_for_all(rank)
             begin = time.perf_counter()
-            for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
-                work.wait()
+            for _ in range(calls):
+                dist.all_reduce(tensor)
             _wait_for_all(rank)
             if turn >= case.warmup:
-                taken[name].append(1e3 * (time.perf_counter() - begin))
+                taken[name].append(1e3 * (time.perf_counter() - begin) / calls)
         rank.report(None)
     return taken
 
@@ -371,7 +372,7 @@ def measure(case: Case, on_part: OnPart) -> Measurement:
         for name in ranks[0]["times"]
         for time_name in TIMES
     }
-    for way in (AT_ONCE, EACH):
+    for way in (ONE_NUMBER, AT_ONCE):
         samples[f"{way} ms"] = [
             max(taken) for taken in zip(*(each["reductions_ms"][way] for each in ranks), strict=True)
         ]
@@ -514,8 +515,8 @@ def fitted_cost(record: Record) -> CallCost | None:
     if record.status != "ok":
         return None
     samples, values = record.measurement.samples, record.measurement.values
-    at_once_s, each_s = (describe(samples[f"{way} ms"]).median / 1e3 for way in (AT_ONCE, EACH))
-    return call_cost(values["gradient_bytes"], (1, at_once_s), (values["gradients"], each_s))
+    few_s, many_s = (describe(samples[f"{way} ms"]).median / 1e3 for way in (ONE_NUMBER, AT_ONCE))
+    return call_cost(torch.float32.itemsize, few_s, values["gradient_bytes"], many_s)
 
 
 def _modelled_ms(cost: CallCost | None, wrapper: str, gradient_bytes: float, calls: float) -> float:

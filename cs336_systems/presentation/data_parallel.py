@@ -347,7 +347,7 @@ def _bucketed(rows: dict[str, Any]) -> Finding | None:
     )
     if cost is None:
         return Finding(
-            f"{fact}. The constants of the model do not follow from these times: one call took no less than many."
+            f"{fact}. The constants of the model do not follow: a call of one number took no less than one of all."
         )
     total = own[0]["gradient_bytes"]
     modelled = cost.best_bucket_bytes(total)
