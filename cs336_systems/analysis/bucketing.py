@@ -44,13 +44,14 @@ class CallCost:
         return min(gradient_bytes, math.sqrt(gradient_bytes * self.bytes_per_s * self.seconds_per_call))
 
 
-def call_cost(gradient_bytes: float, at_once_s: float, calls: int, each_s: float) -> CallCost | None:
-    """The constants from one call of all gradients and from `calls` calls of the same bytes.
+def call_cost(gradient_bytes: float, few: tuple[float, float], many: tuple[float, float]) -> CallCost | None:
+    """The constants from two reductions of the same bytes, each given as its number of calls and its seconds.
 
-    None where they do not follow: one call took at least as long as many, or no longer than its own price.
+    None where they do not follow: many calls took no longer than few, or few no longer than what their calls cost.
     """
-    if calls < 2 or not 0 < at_once_s < each_s:
+    (few_calls, few_s), (many_calls, many_s) = few, many
+    if not (0 < few_calls < many_calls and 0 < few_s < many_s):
         return None
-    seconds_per_call = (each_s - at_once_s) / (calls - 1)
-    moving_s = at_once_s - seconds_per_call
+    seconds_per_call = (many_s - few_s) / (many_calls - few_calls)
+    moving_s = few_s - few_calls * seconds_per_call
     return CallCost(gradient_bytes / moving_s, seconds_per_call) if moving_s > 0 else None

@@ -2,9 +2,9 @@
 
 Problems `naive_ddp_benchmarking` to `ddp_bucketed_benchmarking`. Each rank builds one model and one optimizer, and
 wraps a replica per wrapper: modules of their own whose parameters share the memory of the first, so that a dozen
-wrappers hold the weights once, and the hooks of one are none of another's. Every round takes one step with each, after a
-barrier, the plain model without any communication among them. Afterwards one step of each is recorded by the profiler,
-from which follows how much of the communication was overlapped.
+wrappers hold the weights once, and the hooks of one are none of another's. Every round takes one step with each, after
+a barrier, the plain model without any communication among them. Afterwards one step of each is recorded by the
+profiler, from which follows how much of the communication was overlapped.
 
 Source: CS336 assignment 2, sections 2.2 and 2.3 (2025).
 """
@@ -40,12 +40,12 @@ from cs336_systems.distributed.rank import Rank
 from cs336_systems.distributed.variants import NAMES, WITH_BUCKETS, load_ddp, wrap
 from cs336_systems.errors import UserError
 from cs336_systems.experiments.transformer_step import bound_ms
-from cs336_systems.model import model_size
+from cs336_systems.model import SIZES, model_size
 from cs336_systems.object_reference import is_object_reference
-from cs336_systems.profiling.overlap import merged, read_overlap
+from cs336_systems.profiling.overlap import Span, merged, read_overlap
 from cs336_systems.profiling.ranges import named_range
 from cs336_systems.profiling.recorder import record_trace
-from cs336_systems.step import StepConfig, build_step, step_of
+from cs336_systems.step import StepConfig, build_step, size_name, step_of
 
 ALONE = "alone"
 """The step without any communication: what is below every other."""
@@ -57,6 +57,8 @@ COMPARED_MB = 25
 """The bucket size at which ours stands beside PyTorch's own, which takes about this by default."""
 SHOWN_GAP_MS = 0.5
 """Spans of a timeline that are closer than this are shown as one."""
+AT_ONCE, EACH = "all gradients at once", "each gradient"
+"""The two reductions, with nothing beside them, from which the price of a call follows."""
 TIMES = ("step_ms", "gradients_ms", "finish_ms")
 
 
@@ -101,6 +103,12 @@ class Case(StepConfig):
         return (*super().object_references, *filter(is_object_reference, self.wrappers))
 
     @property
+    def size(self) -> str:
+        """The name of the size, whatever its number of blocks, or "custom"."""
+        known = (size_name(dataclasses.replace(self.config, num_layers=size.num_layers)) for size in SIZES.values())
+        return next((name for name in known if name != "custom"), "custom")
+
+    @property
     def backend(self) -> str:
         return "nccl" if self.device == "cuda" else "gloo"
 
@@ -138,6 +146,7 @@ def variant_name(wrapper: str, bucket_mb: float | None) -> str:
 def grid(
     *,
     contexts: Mapping[str, Sequence[int]] = LAPTOP_CONTEXTS,
+    layers: int | None = 4,
     world_sizes: Sequence[int] = (2,),
     wrappers: Sequence[str] = WRAPPERS,
     buckets_mb: Sequence[float] = LAPTOP_BUCKETS_MB,
@@ -157,6 +166,7 @@ def grid(
 
     Args:
         contexts: the context lengths of each size, by its name.
+        layers: blocks in the place of each size's own; None for its own.
         batch_size: of all ranks together.
         buckets_mb: of the wrapper in buckets, in MB of 10^6 bytes.
         device_count: the GPUs of the machine whose grid this is; by default those that are here.
@@ -175,6 +185,8 @@ def grid(
     cells: list[grids.Cell[Case]] = []
     for name, lengths in contexts.items():
         size = model_size(name)
+        if layers is not None:
+            size = dataclasses.replace(size, num_layers=layers)
         cells += grids.product(
             Case,
             skip=skip_reason,
@@ -203,7 +215,7 @@ def grid(
 class Variant:
     """One wrapper around its own replica of the model, and its steps."""
 
-    def __init__(self, name: str, model: nn.Module, wrapped: nn.Module | None, replica: nn.Module) -> None:
+    def __init__(self, name: str, model: nn.Module, wrapped: Any, replica: nn.Module) -> None:
         self.name, self._wrapped, self._replica = name, wrapped, replica
         self._pairs = list(zip(model.parameters(), replica.parameters(), strict=True))
         self.times: dict[str, list[float]] = {each: [] for each in TIMES}
@@ -238,7 +250,8 @@ class Variant:
 
     @property
     def module(self) -> nn.Module:
-        return self._replica if self._wrapped is None else self._wrapped
+        found: nn.Module = self._replica if self._wrapped is None else self._wrapped
+        return found
 
 
 def _wait_for_all(rank: Rank) -> None:
@@ -273,14 +286,36 @@ def train(rank: Rank, case: Case) -> dict[str, Any]:
                 for name, taken in zip(TIMES, times, strict=True):
                     variant.times[name].append(taken)
             rank.report(None)
+    reductions = time_reductions(rank, built.model, case)
     recorded = {each.name: record(each, rank, chosen, built.optimizer, built.batch) for each in variants[1:]}
     gradients = [each for each in built.model.parameters() if each.requires_grad]
     return {
         "times": {each.name: each.times for each in variants},
         "recorded": recorded,
+        "reductions_ms": reductions,
         "gradient_bytes": sum(each.numel() * each.element_size() for each in gradients),
         "gradients": len(gradients),
     }
+
+
+def time_reductions(rank: Rank, model: nn.Module, case: Case) -> dict[str, list[float]]:
+    """The reductions alone, while nothing else is done: of all gradients at once, and of each by itself, in turn."""
+    sizes = [each.numel() for each in model.parameters() if each.requires_grad]
+    buffer = torch.zeros(sum(sizes), device=rank.device)
+    ways = {AT_ONCE: [buffer], EACH: list(buffer.split(sizes))}
+    taken: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(case.warmup + case.rounds):
+        for name, tensors in ways.items():
+            dist.barrier()
+            _wait_for_all(rank)
+            begin = time.perf_counter()
+            for work in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+                work.wait()
+            _wait_for_all(rank)
+            if turn >= case.warmup:
+                taken[name].append(1e3 * (time.perf_counter() - begin))
+        rank.report(None)
+    return taken
 
 
 def record(
@@ -297,9 +332,14 @@ def record(
         "calls": found.calls,
         "communication_ms": found.communication_ms,
         "overlapped_ms": found.overlapped_ms,
-        "compute_spans_ms": [list(span) for span in merged(found.compute, SHOWN_GAP_MS)],
-        "communication_spans_ms": [list(span) for span in merged(found.communication, SHOWN_GAP_MS)],
+        "compute_spans_ms": _shown(found.compute),
+        "communication_spans_ms": _shown(found.communication),
     }
+
+
+def _shown(spans: Sequence[Span]) -> list[list[float]]:
+    """As a timeline needs them, to the microsecond."""
+    return [[round(moment, 3) for moment in span] for span in merged(spans, SHOWN_GAP_MS)]
 
 
 def measure(case: Case, on_part: OnPart) -> Measurement:
@@ -310,7 +350,7 @@ def measure(case: Case, on_part: OnPart) -> Measurement:
         UserError: more ranks than GPUs, or a wrapper that cannot be made.
     """
     require_memory(case)
-    steps = (1 + len(case.variants)) * (case.warmup + case.rounds) + len(case.variants)
+    steps = (2 + len(case.variants)) * (case.warmup + case.rounds) + len(case.variants)
     done = 0
 
     def count(_rank: int, _value: object) -> None:
@@ -331,6 +371,10 @@ def measure(case: Case, on_part: OnPart) -> Measurement:
         for name in ranks[0]["times"]
         for time_name in TIMES
     }
+    for way in (AT_ONCE, EACH):
+        samples[f"{way} ms"] = [
+            max(taken) for taken in zip(*(each["reductions_ms"][way] for each in ranks), strict=True)
+        ]
     values = {
         "gradient_bytes": ranks[0]["gradient_bytes"],
         "gradients": ranks[0]["gradients"],
@@ -437,6 +481,7 @@ def summarise(
                     "communication_ms": _over_ranks(values, name, "communication_ms"),
                     "overlapped": _overlapped_share(values, name),
                     "modelled_ms": _modelled_ms(cost, wrapper, shared["gradient_bytes"], calls),
+                    "recorded": _recorded(values, name),
                 }
             )
     return pd.DataFrame(rows)
@@ -465,10 +510,12 @@ def _overlapped_share(values: Mapping[str, Any], name: str) -> float:
 
 
 def fitted_cost(record: Record) -> CallCost | None:
-    """What a call costs, from the two wrappers that reduce after backward; None without both, or where none follows."""
+    """What a call costs, from the reductions with nothing beside them; None where nothing follows."""
+    if record.status != "ok":
+        return None
     samples, values = record.measurement.samples, record.measurement.values
-    at_once, each = (_mean(samples, name, "finish_ms") / 1e3 for name in ("flat", "naive"))
-    return call_cost(values["gradient_bytes"], at_once, values["gradients"], each) if each == each else None
+    at_once_s, each_s = (describe(samples[f"{way} ms"]).median / 1e3 for way in (AT_ONCE, EACH))
+    return call_cost(values["gradient_bytes"], (1, at_once_s), (values["gradients"], each_s))
 
 
 def _modelled_ms(cost: CallCost | None, wrapper: str, gradient_bytes: float, calls: float) -> float:

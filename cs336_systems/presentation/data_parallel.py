@@ -1,0 +1,391 @@
+"""The problems of data parallel as tables, figures and sentences."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from cs336_systems.analysis.bucketing import CallCost
+from cs336_systems.bench import remarks
+from cs336_systems.bench.remarks import marks, staleness
+from cs336_systems.bench.report import (
+    BOUND,
+    COLOURS,
+    MARKERS,
+    Column,
+    Finding,
+    Findings,
+    Picture,
+    Table,
+    beginning,
+    bytes_in_words,
+    figure_style,
+    number,
+    percent,
+    plural,
+    with_deviation,
+)
+from cs336_systems.experiments.data_parallel import ALONE, BYTES_PER_MB, COMPARED_MB, variant_name
+from cs336_systems.presentation.transformer_step import caption_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+AFTER, DURING = ("naive", "flat"), ("overlapped", "bucketed")
+"""Ours that communicate after backward, and during it."""
+PYTORCHS = variant_name("torch", COMPARED_MB)
+OURS = variant_name("bucketed", COMPARED_MB)
+CLOSE = 0.1
+"""Of PyTorch's step time: how far ours may be off to keep up with it."""
+NOTE = (
+    "Times are of the slowest rank, from a moment at which all had arrived. Alone is the step without communication, "
+    "with the same share of the batch; exposed is by how much the gradients of all ranks are there later than those of "
+    "a rank alone, finish what of it is spent after backward. Calls and the overlapped share of the communication are "
+    "of one more step under the profiler. The model is that of the section on bucket sizes."
+)
+
+
+def prediction(predicted: pd.DataFrame) -> Table:
+    """What each step reduces, and its floor, before anything runs."""
+    columns = [
+        Column("size", lambda row: row.size, "left"),
+        Column("blocks", lambda row: str(row.num_layers)),
+        Column("context", lambda row: str(row.context_length)),
+        Column("ranks", lambda row: str(row.world_size)),
+        Column("batch of a rank", lambda row: str(row.batch_size // row.world_size)),
+        Column("gradients (MB)", lambda row: number(row.gradient_bytes / BYTES_PER_MB, 4)),
+        Column("wrappers in turn", lambda row: str(row.variants)),
+        Column("floor alone (ms)", lambda row: number(row.bound_ms)),
+    ]
+    return Table.of(predicted, columns, caption="What a step reduces, and its floor without any communication")
+
+
+def table(summary: pd.DataFrame) -> Table:
+    """Step and communication by wrapper, and for buckets by their size."""
+    columns = [
+        *_identity(summary),
+        Column("wrapper", lambda row: row.variant, "left"),
+        Column("step, mean ± std (ms)", _step),
+        Column("exposed (ms)", lambda row: number(row.exposed_ms)),
+        Column("of the step", lambda row: percent(row.exposed_share)),
+        Column("finish (ms)", lambda row: number(row.finish_ms)),
+        Column("calls", lambda row: number(row.calls)),
+        Column("overlapped", lambda row: percent(row.overlapped)),
+        Column("exposed by the model (ms)", lambda row: number(row.modelled_ms)),
+        Column("floor alone (ms)", lambda row: number(row.bound_ms)),
+    ]
+    notes = [NOTE, *(remarks.notes_below(summary, _name, _case_name) if len(summary) else [])]
+    return Table.of(summary, columns, caption=caption(summary), notes=notes)
+
+
+def _identity(rows: pd.DataFrame) -> list[Column]:
+    """What tells the cases apart."""
+    fields = {"size": "size", "context_length": "context", "world_size": "ranks"}
+    return [
+        Column(name, partial(_text, field=field), "left" if field == "size" else "right")
+        for field, name in fields.items()
+        if field == "size" or (len(rows) and rows[field].nunique() > 1)
+    ]
+
+
+def _text(row: Any, field: str) -> str:
+    return str(getattr(row, field))
+
+
+def _step(row: Any) -> str:
+    return str(row.status) if row.status != "ok" else with_deviation(row.mean_ms, row.std_ms) + marks(row)
+
+
+def _name(row: pd.Series) -> str:
+    return f"{row['variant']}, {_case_name(row)}"
+
+
+def _case_name(row: pd.Series) -> str:
+    return f"{row['size']} at context {row['context_length']} on {plural(row['world_size'], 'rank')}"
+
+
+def caption(summary: pd.DataFrame) -> str:
+    """What all rows share."""
+    if not len(summary):
+        return "No records"
+    first = summary.iloc[0]
+    parts = [caption_of(summary, "Data parallel")]
+    parts += [plural(first["num_layers"], "block")] if summary["num_layers"].nunique() == 1 else []
+    parts += [f"context {first['context_length']}"] if summary["context_length"].nunique() == 1 else []
+    parts += [plural(first["world_size"], "rank")] if summary["world_size"].nunique() == 1 else []
+    return ", ".join(parts)
+
+
+# Figures -------------------------------------------------------------------------------------------------------
+
+
+def figure(summary: pd.DataFrame) -> Picture | Finding:
+    """Step time by wrapper: what a rank alone takes, and what communication adds."""
+    if not len(summary):
+        return Finding("No data-parallel step was measured.")
+    return Picture(f"Step time by wrapper; {caption(summary)}", partial(_draw_steps, summary))
+
+
+def _panels(rows: pd.DataFrame) -> list[pd.DataFrame]:
+    return [case.reset_index(drop=True) for _, case in rows.groupby("case", sort=False)]
+
+
+def _draw_steps(summary: pd.DataFrame) -> Figure:
+    from matplotlib.figure import Figure
+
+    cases = _panels(summary)
+    with figure_style():
+        drawing = Figure(figsize=(7.0, max(2.2, 0.6 + 0.34 * len(summary))))
+        for panel, rows in zip(drawing.subplots(len(cases), squeeze=False)[:, 0], cases, strict=True):
+            places = np.arange(len(rows))[::-1]
+            exposed = rows["exposed_ms"].fillna(0).clip(lower=0)
+            panel.barh(places, rows["mean_ms"] - exposed, color=COLOURS[4], label="as a rank alone")
+            left = rows["mean_ms"] - exposed
+            panel.barh(places, exposed, left=left, color=COLOURS[0], label="exposed communication")
+            panel.errorbar(rows["mean_ms"], places, xerr=rows["std_ms"], fmt="none", ecolor=COLOURS[1], capsize=2)
+            panel.set(yticks=places, xlabel="step (ms)", title=_case_name(rows.iloc[0]))
+            panel.set_yticklabels(rows["variant"])
+        drawing.legend(*panel.get_legend_handles_labels(), loc="outside upper right", ncols=2)
+    return drawing
+
+
+def overhead_figure(summary: pd.DataFrame) -> Picture | Finding:
+    """What buckets cost, by their size: measured, and by the model with its best size marked."""
+    if not len(summary):
+        return Finding("No data-parallel step was measured.")
+    rows = summary[summary["wrapper"].isin(["bucketed", "torch"])]
+    return Picture(f"Overhead by size of bucket; {caption(summary)}", partial(_draw_overhead, rows))
+
+
+def _draw_overhead(rows: pd.DataFrame) -> Figure:
+    from matplotlib.figure import Figure
+
+    cases = _panels(rows)
+    with figure_style():
+        drawing = Figure(figsize=(6.0, 3.2 * max(1, len(cases))))
+        for panel, case in zip(drawing.subplots(max(1, len(cases)), squeeze=False)[:, 0], cases, strict=False):
+            for place, (wrapper, label) in enumerate({"bucketed": "ours", "torch": "PyTorch's"}.items()):
+                own = case[case["wrapper"] == wrapper].sort_values("bucket_mb")
+                panel.plot(
+                    own["bucket_mb"],
+                    own["exposed_ms"],
+                    color=COLOURS[place],
+                    marker=MARKERS[place],
+                    linestyle="-" if wrapper == "bucketed" else "none",
+                    label=f"{label}, measured",
+                )
+            first = case.iloc[0]
+            cost = _cost(first)
+            if cost is not None:
+                sizes = np.geomspace(0.3, max(1.0, first["gradient_bytes"] / BYTES_PER_MB), 100)
+                total = first["gradient_bytes"]
+                modelled = [1e3 * cost.overlapped_s(total, max(1.0, total / (size * BYTES_PER_MB))) for size in sizes]
+                panel.plot(sizes, modelled, color=BOUND, linestyle="--", label="model")
+                best = cost.best_bucket_bytes(total)
+                least_ms = 1e3 * cost.overlapped_s(total, total / best)
+                panel.plot([best / BYTES_PER_MB], [least_ms], color=BOUND, marker="*", markersize=11, linestyle="none",
+                           label="its best size")  # fmt: skip
+            panel.set(xscale="log", xlabel="size of a bucket (MB)", ylabel="exposed (ms)", title=_case_name(first))
+            panel.legend()
+    return drawing
+
+
+def timeline(summary: pd.DataFrame) -> Picture | Finding:
+    """When each rank computed and communicated, by wrapper."""
+    if not len(summary):
+        return Finding("No data-parallel step was measured.")
+    largest = summary.loc[summary["wrapper"] == "bucketed", "bucket_mb"].max()
+    shown = summary["wrapper"].isin([*AFTER, "overlapped"]) | (
+        (summary["wrapper"] == "bucketed") & ((summary["bucket_mb"] == COMPARED_MB) | (largest < COMPARED_MB))
+    )
+    return Picture(f"One step of every rank, recorded; {caption(summary)}", partial(_draw_timeline, summary[shown]))
+
+
+def _draw_timeline(rows: pd.DataFrame) -> Figure:
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    rows = rows[rows["case"] == rows["case"].iloc[0]] if len(rows) else rows
+    with figure_style():
+        drawing = Figure(figsize=(7.5, 0.8 + 0.95 * max(1, len(rows))))
+        panels = drawing.subplots(max(1, len(rows)), sharex=True, squeeze=False)[:, 0]
+        for panel, (_, row) in zip(panels, rows.iterrows(), strict=False):
+            ranks = row["recorded"]
+            for rank, spans in enumerate(ranks):
+                for offset, (name, colour) in enumerate(_LANES.items()):
+                    parts = [(begin, end - begin) for begin, end in spans[f"{name}_spans_ms"]]
+                    panel.broken_barh(parts, (-rank - 0.4 * offset, 0.36), color=colour)
+            panel.set(yticks=[-rank + 0.0 for rank in range(len(ranks))])
+            panel.set_yticklabels([f"rank {rank}" for rank in range(len(ranks))])
+            share = f", {percent(row['overlapped'])} overlapped" if ranks else ": no record yet"
+            panel.set_title(f"{row['variant']}{share}", loc="left")
+        panels[-1].set(xlabel="since the step began (ms)")
+        handles = [Patch(color=colour, label=label) for colour, label in zip(_LANES.values(), _LABELS, strict=True)]
+        drawing.legend(handles=handles, loc="outside upper right", ncols=2)
+    return drawing
+
+
+_LANES = {"compute": COLOURS[4], "communication": COLOURS[0]}
+_LABELS = ("computation", "communication")
+
+
+# Sentences -----------------------------------------------------------------------------------------------------
+
+
+def findings(summary: pd.DataFrame) -> Findings:
+    """Everything, as the notebook tells it."""
+    return Findings(
+        [
+            *naive(summary),
+            *flat(summary),
+            *overlapped(summary),
+            *bucketed(summary),
+            *pytorchs(summary),
+            *_stale(summary),
+        ]
+    )
+
+
+def _stale(summary: pd.DataFrame) -> list[Finding]:
+    return staleness(summary) if len(summary) else []
+
+
+def _of_each(summary: pd.DataFrame, subject: str, say: Any) -> Findings:
+    """`say` of every case whose records are all there, given as its rows by variant."""
+    if not len(summary):
+        return Findings([Finding(f"{subject} is not known: run `python scripts/measure.py data_parallel`.")])
+    told: list[Finding] = []
+    for rows in _panels(summary):
+        told += Finding.from_all(rows, f"{subject} ({_case_name(rows.iloc[0])})", partial(_said, say=say))
+    return Findings(told)
+
+
+def _said(rows: pd.DataFrame, say: Any) -> Finding | None:
+    measured = rows[rows["status"] == "ok"]
+    return say({row["variant"]: row for _, row in measured.iterrows()}) if len(measured) else None
+
+
+def naive(summary: pd.DataFrame) -> Findings:
+    """Problem `naive_ddp_benchmarking`: time per step, and the share that goes into communication."""
+    return _of_each(summary, "The cost of one all-reduce per parameter", _naive)
+
+
+def _naive(rows: dict[str, Any]) -> Finding | None:
+    if "naive" not in rows:
+        return None
+    row, alone = rows["naive"], rows[ALONE]
+    return Finding.checked(
+        f"{beginning(_case_name(row))}: a step with one all-reduce per parameter takes {number(row['mean_ms'])} ms, a "
+        f"rank alone {number(alone['mean_ms'])} ms; {number(row['finish_ms'])} ms or "
+        f"{percent(row['finish_ms'] / row['mean_ms'])} of it go into {plural(int(row['calls']), 'call')} for "
+        f"{bytes_in_words(row['gradient_bytes'])} of gradients",
+        bool(row["mean_ms"] > alone["mean_ms"]),
+        so=", after backward, while nothing is computed.",
+        but="; the step is no longer than alone, so that the machine's noise is larger than what is looked for.",
+    )
+
+
+def flat(summary: pd.DataFrame) -> Findings:
+    """Problem `minimal_ddp_flat_benchmarking`: one all-reduce against one per parameter."""
+    return _of_each(summary, "What one all-reduce of all gradients saves", _flat)
+
+
+def _flat(rows: dict[str, Any]) -> Finding | None:
+    if not {"naive", "flat"} <= rows.keys():
+        return None
+    naive_row, row = rows["naive"], rows["flat"]
+    return Finding.checked(
+        f"All gradients as one tensor are averaged in {number(row['finish_ms'])} ms, one by one in "
+        f"{number(naive_row['finish_ms'])} ms: {number(naive_row['finish_ms'] / row['finish_ms'], 2)} times as long "
+        f"for {number(naive_row['calls'] / row['calls'], 2)} times the calls",
+        bool(row["finish_ms"] < naive_row["finish_ms"]),
+        so=", since each call costs something whatever its size.",
+        but=": here calls are cheap, and copying all gradients into one tensor and back is not.",
+    )
+
+
+def overlapped(summary: pd.DataFrame) -> Findings:
+    """Problem `ddp_overlap_individual_parameters_benchmarking`: what overlapping hides."""
+    return _of_each(summary, "What overlapping hides", _overlapped)
+
+
+def _overlapped(rows: dict[str, Any]) -> Finding | None:
+    if not {"naive", "overlapped"} <= rows.keys():
+        return None
+    naive_row, row = rows["naive"], rows["overlapped"]
+    return Finding.checked(
+        f"With each gradient reduced as soon as it is there a step takes {number(row['mean_ms'])} ms; "
+        f"{percent(row['overlapped'])} of the communication goes on while its rank computes, of the naive wrapper's "
+        f"{percent(naive_row['overlapped'])}. {number(row['exposed_ms'])} ms are exposed, of the naive wrapper's "
+        f"{number(naive_row['exposed_ms'])} ms",
+        bool(row["exposed_ms"] < naive_row["exposed_ms"]),
+        so=".",
+        but=": nothing was gained, because what communicates takes the time of what computes, as ranks on the cores of "
+        "one machine do.",
+    )
+
+
+def bucketed(summary: pd.DataFrame) -> Findings:
+    """Problem `ddp_bucketed_benchmarking`: sizes of buckets, and the model of their overhead."""
+    return _of_each(summary, "Which size of bucket is best", _bucketed)
+
+
+def _bucketed(rows: dict[str, Any]) -> Finding | None:
+    own = [row for row in rows.values() if row["wrapper"] == "bucketed"]
+    cost = _cost(own[0]) if own else None
+    if len(own) < 2:
+        return None
+    best, worst = (choose(own, key=lambda row: row["exposed_ms"]) for choose in (min, max))
+    fact = (
+        f"Of the sizes measured, buckets of {best['bucket_mb']:g} MB leave the least exposed, "
+        f"{number(best['exposed_ms'])} ms, and those of {worst['bucket_mb']:g} MB the most, "
+        f"{number(worst['exposed_ms'])} ms"
+    )
+    if cost is None:
+        return Finding(
+            f"{fact}. The constants of the model do not follow from these times: one call took no less than many."
+        )
+    total = own[0]["gradient_bytes"]
+    modelled = cost.best_bucket_bytes(total)
+    nearest = min(own, key=lambda row: abs(math.log(row["bucket_mb"] * BYTES_PER_MB / modelled)))
+    return Finding.checked(
+        f"{fact}. By the model, with {bytes_in_words(cost.bytes_per_s)} per second and "
+        f"{number(1e6 * cost.seconds_per_call)} µs per call, as reductions with nothing beside them take, the best "
+        f"bucket has {bytes_in_words(modelled)}",
+        bool(nearest["bucket_mb"] == best["bucket_mb"]),
+        so=", to which the best measured is the nearest.",
+        but=f", to which {nearest['bucket_mb']:g} MB is the nearest: the two do not agree here.",
+    )
+
+
+def _cost(row: Any) -> CallCost | None:
+    known = row["bytes_per_s"] == row["bytes_per_s"]
+    return CallCost(row["bytes_per_s"], row["seconds_per_call"]) if known else None
+
+
+def pytorchs(summary: pd.DataFrame) -> Findings:
+    """Ours beside PyTorch's own at the same size of bucket."""
+    return _of_each(summary, "How ours compares with PyTorch's", _pytorchs)
+
+
+def _pytorchs(rows: dict[str, Any]) -> Finding | None:
+    if not {PYTORCHS, OURS} <= rows.keys():
+        return None
+    theirs, ours = rows[PYTORCHS], rows[OURS]
+    times = ours["median_ms"] / theirs["median_ms"]
+    return Finding.checked(
+        f"At buckets of {COMPARED_MB} MB ours takes {number(times, 3)} times as long per step as PyTorch's "
+        f"DistributedDataParallel (medians of the same rounds)",
+        bool(times <= 1 + CLOSE),
+        so=f": within {percent(CLOSE)}.",
+        but=f", more than the {percent(CLOSE)} that it may.",
+    )
+
+
+def elsewhere(summary: pd.DataFrame) -> Table | Finding:
+    """The published records of all machines."""
+    return remarks.by_machine(summary, table)
