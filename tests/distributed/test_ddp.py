@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from cs336_systems.distributed.ddp import BYTES_PER_MB, BucketedDDP, buckets_of
 from cs336_systems.distributed.launch import launch
 from cs336_systems.distributed.replicas import shard_of
-from cs336_systems.distributed.variants import NAMES, load_ddp, wrap
+from cs336_systems.distributed.variants import NAMES, WITH_BUCKETS, load_ddp, wrap
 from cs336_systems.errors import UserError
 from cs336_systems.repository import repository_root
 
@@ -38,13 +38,14 @@ MARKS = {
     "bucketed": pytest.mark.problem("ddp_overlap_bucketed"),
 }
 """The problem whose points each wrapper earns."""
+SUITES = tuple(f"{workers.OF_SUITES}{name}" for name in ("ddp_individual_parameters", "ddp_bucketed", "ddp"))
 STEPS = 3
 BITMAP = "torch.uint8"
 """The dtype of the reduction that tells which parameters were used."""
 
 
 def bucket_size_of(name: str) -> float | None:
-    return workers.BUCKET_MB if name in ("bucketed", "torch") else None
+    return workers.BUCKET_MB if name in WITH_BUCKETS else None
 
 
 def named(*names: str) -> pytest.MarkDecorator:
@@ -64,10 +65,26 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("wrapping", every.args[1])
 
 
-@functools.cache
 def trained(name: str, optimizer: str = "adamw", world_size: int = 2) -> list[workers.Trained]:
-    load_ddp(name)
-    return launch(workers.train, name, bucket_size_of(name), optimizer, STEPS, world_size=world_size)
+    """What a training through a wrapper left on every rank."""
+    chosen = () if name in (*NAMES, *SUITES) else (name,)
+    case = (name, bucket_size_of(name), optimizer)
+    found = [rank[case] for rank in trainings(chosen or (*NAMES, *SUITES), world_size)]
+    for each in found:
+        if isinstance(each, str):
+            pytest.fail(each, pytrace=False)
+    return found
+
+
+@functools.cache
+def trainings(names: tuple[str, ...], world_size: int) -> list[dict[tuple, Any]]:
+    """Of each rank, for each wrapper, bucket size and optimizer what it found; all in one launch."""
+    for name in names:
+        if name not in SUITES:
+            load_ddp(name)
+    cases = [(name, bucket_size_of(name), optimizer) for name in names for optimizer in workers.OPTIMIZERS]
+    ranks = launch(workers.train, cases, STEPS, world_size=world_size)
+    return [dict(zip(cases, rank, strict=True)) for rank in ranks]
 
 
 @functools.cache
@@ -246,14 +263,23 @@ def test_the_order_is_the_same_on_ranks_whose_gradients_come_in_different_orders
 # What a rank lacks ---------------------------------------------------------------------------------------------------
 
 
+SIZES_OF_BUCKETS = {"bucketed": (1e-6, workers.BUCKET_MB / 4, None)}
+
+
+@functools.cache
+def routed() -> list[dict[tuple, Any]]:
+    """Of each rank, by wrapper and bucket size, the gradients of all steps and the final parameters."""
+    cases = [(name, size) for name in MARKS for size in SIZES_OF_BUCKETS.get(name, (None,))]
+    return [dict(zip(cases, rank, strict=True)) for rank in launch(workers.route, cases, world_size=2)]
+
+
 @every_wrapper
 def test_what_a_rank_did_not_use_counts_as_zero_and_what_none_used_has_no_gradient(name: str) -> None:
-    bucket_sizes = (1e-6, workers.BUCKET_MB / 4, None) if name == "bucketed" else (None,)
     expected, final = workers.route_alone()
     unused = [{key.split(".")[1] for key, value in step.items() if value is None} for step in expected]
     assert unused == [{"c"}, set(), {"b"}, {"a", "b"}]
-    for bucket_size_mb in bucket_sizes:
-        first, other = launch(workers.route, name, bucket_size_mb, world_size=2)
+    for bucket_size_mb in SIZES_OF_BUCKETS.get(name, (None,)):
+        first, other = (rank[name, bucket_size_mb] for rank in routed())
         for step in range(len(expected)):
             assert_close(first[0][step], expected[step], rtol=1e-10)
             assert_equal(other[0][step], first[0][step])
@@ -299,51 +325,56 @@ def test_a_sparse_gradient_is_an_error_that_says_what_to_do(name: str) -> None:
 AGAIN = "a gradient was computed again while its average is under way"
 
 
-@pytest.mark.parametrize(
-    ("how", "told"),
-    [
-        ("no backward", ""),
-        ("two backwards", AGAIN),
-        ("a backward under no_sync after one outside", AGAIN),
-        ("no finish", "the gradients of the last backward are still being averaged"),
-        ("unfrozen", "a parameter was unfrozen after the model was wrapped"),
-    ],
-)
+MISUSES = {
+    "no backward": "",
+    "two backwards": AGAIN,
+    "a backward under no_sync after one outside": AGAIN,
+    "no finish": "the gradients of the last backward are still being averaged",
+    "unfrozen": "a parameter was unfrozen after the model was wrapped",
+}
+"""How finish and backward are called, and how the error begins."""
+
+
 @every_overlapping_wrapper
-def test_misuse_is_told_on_every_rank_and_the_next_step_is_right(name: str, how: str, told: str) -> None:
-    (raised, averages, own), (other_raised, other_averages, other_own) = launch(
-        workers.misuse, name, bucket_size_of(name), how, world_size=2
-    )
-    assert raised == other_raised
-    assert raised.startswith(told)
-    assert bool(raised) == bool(told)
-    mean = {key: None if own[key] is None else (own[key] + other_own[key]) / 2 for key in own}
-    assert_close(averages, mean)
-    assert_equal(averages, other_averages)
+def test_misuse_is_told_on_every_rank_and_the_next_step_is_right(name: str) -> None:
+    first, other = launch(workers.misuse, name, bucket_size_of(name), list(MISUSES), world_size=2)
+    for how, told in MISUSES.items():
+        (raised, averages, own), (other_raised, other_averages, other_own) = first[how], other[how]
+        assert raised == other_raised
+        assert raised.startswith(told)
+        assert bool(raised) == bool(told), how
+        assert_close(averages, {key: None if own[key] is None else (own[key] + other_own[key]) / 2 for key in own})
+        assert_equal(averages, other_averages)
 
 
 @named("naive", "flat")
 def test_what_reduces_after_the_backward_averages_the_sum_of_several(name: str) -> None:
-    for raised, averages, _ in launch(workers.misuse, name, None, "two backwards", world_size=2):
+    for rank in launch(workers.misuse, name, None, ["two backwards"], world_size=2):
+        raised, averages, _ = rank["two backwards"]
         assert raised == ""
         alone = trained_alone("sgd").gradients[0]
         assert_close(averages, {key: None if value is None else 2 * value for key, value in alone.items()})
 
 
+FAILURES = [
+    (("early", "early"), False),
+    (("early", "at once"), False),
+    (("early", ""), True),
+    (("at once", "early"), True),
+]
+"""Where the backward of each of two ranks raises, and whether they call finish all the same."""
+
+
 @every_overlapping_wrapper
-@pytest.mark.parametrize(
-    ("raises", "finishes"),
-    [(("early", "early"), False), (("early", "at once"), False), (("early", ""), True), (("at once", "early"), True)],
-)
-def test_after_a_backward_that_raised_the_next_step_is_right(
-    name: str, raises: tuple[str, ...], finishes: bool
-) -> None:
-    results = launch(workers.fail_once, name, 1e-6 if name == "bucketed" else None, raises, finishes, world_size=2)
+def test_after_a_backward_that_raised_the_next_step_is_right(name: str) -> None:
+    bucket_size_mb = 1e-6 if name == "bucketed" else None
+    results = launch(workers.fail_once, name, bucket_size_mb, FAILURES, world_size=2)
     begun = {"at once": 2, "early": 4, "": 6}  # reductions of one layer, of two, of all
-    assert [result[0] for result in results] == [begun[each] for each in raises]
-    (_, averages, own), (_, other_averages, other_own) = results
-    assert_equal(averages, other_averages)
-    assert_equal(averages, {key: (own[key] + other_own[key]) / 2 for key in own})
+    for number, (raises, _) in enumerate(FAILURES):
+        assert [rank[number][0] for rank in results] == [begun[each] for each in raises]
+        (_, averages, own), (_, other_averages, other_own) = (rank[number] for rank in results)
+        assert_equal(averages, other_averages)
+        assert_equal(averages, {key: (own[key] + other_own[key]) / 2 for key in own})
 
 
 # What cannot be wrapped ----------------------------------------------------------------------------------------------
@@ -408,11 +439,11 @@ def test_a_batch_that_does_not_divide_is_an_error(batch: Tensor, rank: int, worl
 # Others ---------------------------------------------------------------------------------------------------------------
 
 
-@every_wrapper
-def test_a_profiler_shows_what_is_communicated(name: str) -> None:
-    shown = launch(workers.ranges, name, 1e-6 if name == "bucketed" else None, world_size=2)
-    during = [f"communicate bucket {number}" for number in range(4)] if name in ("overlapped", "bucketed") else []
-    assert shown == [[*during, "communicate"]] * 2
+def test_a_profiler_shows_what_is_communicated_during_the_backward_and_after() -> None:
+    sizes_mb = {name: 1e-6 if name == "bucketed" else None for name in MARKS}
+    during = [f"communicate bucket {number}" for number in range(4)]
+    expected = [["communicate"], ["communicate"], [*during, "communicate"], [*during, "communicate"]]
+    assert launch(workers.ranges, list(sizes_mb.items()), world_size=2) == [expected] * 2
 
 
 @every_wrapper
@@ -425,14 +456,13 @@ def test_a_wrapper_that_is_gone_communicates_nothing_and_one_of_a_frozen_model_n
 
 @pytest.mark.problem("ddp_overlap_individual_parameters")
 @pytest.mark.problem("ddp_overlap_bucketed")
-def test_the_functions_of_the_suites_train_as_one_process_does() -> None:
-    path = repository_root() / "tests" / "adapters.py"
-    for rank in launch(workers.adapters, path, world_size=2):
-        assert len(rank) == 3
-        for found in rank:
-            assert_equal(found.initial, trained_alone("sgd").initial)
-            for step, expected in zip(found.gradients, trained_alone("sgd").gradients, strict=False):
-                assert_close(step, expected, rtol=1e-10)
+@pytest.mark.parametrize("name", SUITES)
+def test_the_functions_of_the_suites_train_as_one_process_does(name: str) -> None:
+    for optimizer in workers.OPTIMIZERS:
+        alone = trained_alone(optimizer)
+        for found in trained(name, optimizer):
+            assert_equal(found.initial, alone.initial)
+            assert_close(found.final, alone.final, rtol=1e-10)
 
 
 # Somebody else's ------------------------------------------------------------------------------------------------------

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from cs336_systems.distributed.replicas import shard_of
 from cs336_systems.distributed.variants import wrap
 from cs336_systems.errors import UserError
 from cs336_systems.profiling.ranges import record_ranges
+from cs336_systems.repository import repository_root
 
 BATCH = 12
 FEATURES = 6
@@ -87,8 +88,60 @@ class Trained:
     is_tied: bool
 
 
+Hook = Callable[[Any, Any], object]
+"""Called with the wrapper and the optimizer."""
+OF_SUITES = "suite "
+"""Before the name of a wrapper that is made and used as the course's suites do."""
+
+
+def _nothing(_model: Any, _optimizer: Any) -> None:
+    pass
+
+
+def _finish(model: Any, _optimizer: Any) -> None:
+    model.finish_gradient_synchronization()
+
+
+class Suite:
+    """One of the wrappers of the course's suites, through the functions that the suites call."""
+
+    def __init__(self, name: str) -> None:
+        functions: Any = load_file(repository_root() / "tests" / "adapters.py", "adapters_on_a_rank")
+        make = getattr(functions, f"get_{name}")
+        self.make = (lambda module: make(module, BUCKET_MB)) if name == "ddp_bucketed" else make
+        self.before = getattr(functions, f"{name}_on_train_batch_start", _nothing)
+        self.after = getattr(functions, f"{name}_on_after_backward")
+
+
+def train(rank: Rank, cases: list[tuple[str, float | None, str]], steps: int) -> list[Trained | str]:
+    """For each wrapper, bucket size and optimizer; every rank begins with a model of its own. An error as its text.
+
+    All in one launch: the first optimizer in a process costs seconds of imports.
+    """
+    results: list[Trained | str] = []
+    for name, bucket_size_mb, optimizer_name in cases:
+        module = toy(seed=rank.rank)
+        shard = functools.partial(shard_of, rank=rank.rank, world_size=rank.world_size)
+        try:
+            if name.startswith(OF_SUITES):
+                suite = Suite(name.removeprefix(OF_SUITES))
+                model, hooks = suite.make(module), (suite.before, suite.after)
+            else:
+                model, hooks = wrap(name, module, bucket_size_mb), (_nothing, _finish)
+            results.append(trained(model, module, optimizer_name, steps, shard, *hooks))
+        except Exception as error:
+            results.append(f"{type(error).__name__}: {error}")
+    return results
+
+
 def trained(
-    model: nn.Module, module: Toy, optimizer_name: str, steps: int, shard: Callable[[Tensor], Tensor]
+    model: nn.Module,
+    module: Toy,
+    optimizer_name: str,
+    steps: int,
+    shard: Callable[[Tensor], Tensor] = lambda batch: batch,
+    before: Hook = _nothing,
+    after: Hook = _nothing,
 ) -> Trained:
     """Train `model`, which holds `module`."""
     initial = copied(itertools.chain(module.named_parameters(), module.named_buffers()))
@@ -96,11 +149,10 @@ def trained(
     gradients = []
     for step in range(steps):
         x, y = (shard(each) for each in batch_of(step))
+        before(model, optimizer)
         optimizer.zero_grad()
         nn.functional.mse_loss(model(x), y).backward()
-        finish: Any = getattr(model, "finish_gradient_synchronization", None)
-        if finish is not None:
-            finish()
+        after(model, optimizer)
         gradients.append(gradients_of(module))
         optimizer.step()
     return Trained(
@@ -108,17 +160,10 @@ def trained(
     )
 
 
-def train(rank: Rank, name: str, bucket_size_mb: float | None, optimizer_name: str, steps: int) -> Trained:
-    """Every rank begins with a model of its own."""
-    module = toy(seed=rank.rank)
-    model = wrap(name, module, bucket_size_mb)
-    return trained(model, module, optimizer_name, steps, lambda batch: shard_of(batch, rank.rank, rank.world_size))
-
-
 def train_alone(optimizer_name: str, steps: int) -> Trained:
     """In one process on the whole batch, with the model of rank 0."""
     module = toy(seed=0)
-    return trained(module, module, optimizer_name, steps, lambda batch: batch)
+    return trained(module, module, optimizer_name, steps)
 
 
 # What is called, and when -----------------------------------------------------------------------------------------
@@ -152,7 +197,7 @@ def recorded_reductions(events: list[tuple]) -> Iterator[None]:
         dist.all_reduce = original
 
 
-def layers(_: Rank, name: str, bucket_size_mb: float | None) -> list[list[tuple]]:
+def layers(_rank: Rank, name: str, bucket_size_mb: float | None) -> list[list[tuple]]:
     """Events of two steps of linear layers: ("gradient", name) where one is computed, beside the reductions."""
     module = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 6), nn.Linear(6, 7), nn.Linear(7, 2))
     model: Any = wrap(name, module, bucket_size_mb)
@@ -224,7 +269,12 @@ class Experts(nn.Module):
         return torch.stack([torch.tanh(self.experts[name](x)) for name in sorted(used)]).sum(0)
 
 
-def route(rank: Rank, name: str, bucket_size_mb: float | None) -> tuple[list[dict], Named]:
+def route(rank: Rank, cases: list[tuple[str, float | None]]) -> list[tuple[list[dict], Named]]:
+    """For each wrapper and bucket size, gradients of every step and the final parameters."""
+    return [_routed(rank, *case) for case in cases]
+
+
+def _routed(rank: Rank, name: str, bucket_size_mb: float | None) -> tuple[list[dict], Named]:
     module = Experts()
     model: Any = wrap(name, module, bucket_size_mb)
     optimizer = OPTIMIZERS["adamw"](model.parameters())
@@ -282,8 +332,12 @@ def accumulate(rank: Rank, name: str, bucket_size_mb: float | None) -> tuple[lis
     return events, gradients_of(module), gradients_of(own)
 
 
-def misuse(rank: Rank, name: str, bucket_size_mb: float | None, how: str) -> tuple[str, dict, dict]:
-    """What was raised when the wrapper was used in a certain way, and gradients afterwards beside single ones."""
+def misuse(rank: Rank, name: str, bucket_size_mb: float | None, ways: list[str]) -> dict[str, tuple[str, dict, dict]]:
+    """For each way of using the wrapper what was raised, the averages of the next step, this rank's own gradients."""
+    return {how: _misused(rank, name, bucket_size_mb, how) for how in ways}
+
+
+def _misused(rank: Rank, name: str, bucket_size_mb: float | None, how: str) -> tuple[str, dict, dict]:
     module = toy(seed=0)
     x, y = (shard_of(each, rank.rank, rank.world_size) for each in batch_of(0))
     nn.functional.mse_loss(module(x), y).backward()
@@ -355,12 +409,18 @@ class Fragile(nn.Module):
 
 
 def fail_once(
-    rank: Rank, name: str, bucket_size_mb: float | None, raises: tuple[str, ...], finishes: bool
-) -> tuple[int, dict, dict]:
-    """A backward that raises on some ranks, then one that does not.
+    rank: Rank, name: str, bucket_size_mb: float | None, cases: list[tuple[tuple[str, ...], bool]]
+) -> list[tuple[int, dict, dict]]:
+    """For where each rank's backward raises, and whether they finish it: one that raises, then one that does not.
 
     Returns how many reductions had begun when it raised, the averages of the next step and this rank's own gradients.
     """
+    return [_failed_once(rank, name, bucket_size_mb, *case) for case in cases]
+
+
+def _failed_once(
+    rank: Rank, name: str, bucket_size_mb: float | None, raises: tuple[str, ...], finishes: bool
+) -> tuple[int, dict, dict]:
     own = Fragile()
     x = batch_of(rank.rank)[0]
     own(x).square().mean().backward()
@@ -451,9 +511,9 @@ DIFFERENT: dict[str, Callable[[int], nn.Module]] = {
 def different(rank: Rank, name: str) -> dict[str, str]:
     """What each kind of difference between ranks raises on this rank."""
     told: dict[str, str] = {}
-    cases: dict[str, Callable[[], object]] = {
-        what: (lambda build=build: wrap(name, build(rank.rank))) for what, build in DIFFERENT.items()
-    }
+    cases: dict[str, Callable[[], object]] = {}
+    for what, build in DIFFERENT.items():
+        cases[what] = functools.partial(lambda make: wrap(name, make(rank.rank)), build)
     cases["bucket size"] = lambda: wrap("bucketed", nn.Linear(3, 3), 1 + rank.rank)
     cases["wrapper"] = lambda: wrap(("naive", "flat")[rank.rank], nn.Linear(3, 3))
     cases["twice"] = lambda: wrap(name, nn.Sequential(wrap(name, nn.Linear(3, 3))))
@@ -468,14 +528,17 @@ def different(rank: Rank, name: str) -> dict[str, str]:
 # Others -----------------------------------------------------------------------------------------------------------
 
 
-def ranges(_: Rank, name: str, bucket_size_mb: float | None) -> list[str]:
-    """Names of the ranges that a profiler shows for one step, as they begin."""
-    model: Any = wrap(name, nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), bucket_size_mb)
-    with torch.profiler.profile() as profiler, record_ranges():
-        model(torch.randn(2, 3)).sum().backward()
-        model.finish_gradient_synchronization()
-    events = sorted(profiler.events() or [], key=lambda event: event.time_range.start)
-    return [event.name for event in events if event.name.startswith("communicate")]
+def ranges(_: Rank, cases: list[tuple[str, float | None]]) -> list[list[str]]:
+    """For each wrapper and bucket size, the ranges that a profiler shows of one step, as they begin."""
+    shown = []
+    for name, bucket_size_mb in cases:
+        model: Any = wrap(name, nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), bucket_size_mb)
+        with torch.profiler.profile() as profiler, record_ranges():
+            model(torch.randn(2, 3)).sum().backward()
+            model.finish_gradient_synchronization()
+        events = sorted(profiler.events() or [], key=lambda event: event.time_range.start)
+        shown.append([event.name for event in events if event.name.startswith("communicate")])
+    return shown
 
 
 def leave(_: Rank, name: str, bucket_size_mb: float | None) -> tuple[list[tuple], list[str], int]:
@@ -493,34 +556,3 @@ def leave(_: Rank, name: str, bucket_size_mb: float | None) -> tuple[list[tuple]
         nothing(torch.randn(2, 3))
         nothing.finish_gradient_synchronization()
     return events, names, sum(len(bucket) for bucket in nothing.buckets)
-
-
-def adapters(rank: Rank, path: Path) -> list[Trained]:
-    """The training of each of the suites' three wrappers, through the functions that the suites call."""
-    suite: Any = load_file(path, "adapters_on_a_rank")
-    found = []
-    for make, start, after in (
-        (suite.get_ddp_individual_parameters, None, suite.ddp_individual_parameters_on_after_backward),
-        (
-            lambda module: suite.get_ddp_bucketed(module, BUCKET_MB),
-            suite.ddp_bucketed_on_train_batch_start,
-            suite.ddp_bucketed_on_after_backward,
-        ),
-        (suite.get_ddp, None, suite.ddp_on_after_backward),
-    ):
-        module = toy(seed=rank.rank)
-        model = make(module)
-        initial = copied(itertools.chain(module.named_parameters(), module.named_buffers()))
-        optimizer = OPTIMIZERS["sgd"](model.parameters())
-        gradients = []
-        for step in range(2):
-            x, y = (shard_of(each, rank.rank, rank.world_size) for each in batch_of(step))
-            if start is not None:
-                start(model, optimizer)
-            optimizer.zero_grad()
-            nn.functional.mse_loss(model(x), y).backward()
-            after(model, optimizer)
-            gradients.append(gradients_of(module))
-            optimizer.step()
-        found.append(Trained(initial, gradients, copied(module.named_parameters()), True))
-    return found
