@@ -158,8 +158,13 @@ def _closure(waiting: list[str]) -> set[str]:
         if name in found or room in _NOT_MEASURED or file is None:
             continue
         found.add(name)
-        waiting += _measured_imports(importlib.import_module(name)) if room == "experiments" else imported_modules(file)
+        waiting += _measured_imports(importlib.import_module(name)) if _is_experiment(name) else imported_modules(file)
     return found
+
+
+def _is_experiment(name: str) -> bool:
+    """Whether a module is one, and not what another runs on its ranks."""
+    return name.startswith(f"{PACKAGE}.experiments.") and hasattr(importlib.import_module(name), "measure")
 
 
 def _measured_imports(experiment: ModuleType) -> list[str]:
@@ -180,7 +185,7 @@ def source_hashes(experiment: ModuleType) -> dict[str, str]:
     hashes = {"measure": _digest(function_with_callees(experiment.measure))}
     for name in measured_modules(experiment):
         file, short = module_file(name), name.removeprefix(f"{PACKAGE}.")
-        if short.startswith("experiments."):
+        if _is_experiment(name):
             hashes[short] = _digest(function_with_callees(importlib.import_module(name).measure))
         elif file is not None:
             hashes[short] = file_hash(file)

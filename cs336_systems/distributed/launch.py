@@ -54,6 +54,8 @@ STACKS_S = 0.5
 """How long a hung rank has to write where it is."""
 MOST_OUTPUT = 20_000
 """Characters of a rank's output that are told, from its end."""
+_PRELOADED = ("torch._dynamo",)
+"""What PyTorch imports at the first use of an optimizer or a profiler, for seconds: once for all ranks of all jobs."""
 OnReport = Callable[[int, Any], object]
 
 
@@ -202,7 +204,7 @@ class _Ranks:
             raise UserError(f"the arguments of {self._job.function} cannot be sent: {first_line(error)}") from error
         context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
         if sys.platform == "linux":
-            context.set_forkserver_preload([run_rank.__module__])
+            context.set_forkserver_preload([run_rank.__module__, *_PRELOADED])
         folder = Path(self._folder.name)
         environ = {**os.environ, **_only_loopback()}
         for rank in range(self._job.world_size):

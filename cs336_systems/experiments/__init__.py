@@ -1,7 +1,7 @@
 """One measured thing each: `Case`, `grid()`, `measure()`, `summarise()`; `presentation/` shows what they summarise.
 
 An experiment is a module; its parameters are the keyword arguments of its `grid`, whose defaults are a laptop's.
-Records are keyed by the module's name.
+Records are keyed by the module's name. What an experiment runs on several ranks may have a module of its own.
 """
 
 from __future__ import annotations
@@ -14,10 +14,14 @@ from typing import Any
 
 from cs336_systems.errors import unknown_name
 
+OF_RANKS = "_ranks"
+"""How a module's name ends that has what an experiment runs on several ranks, and is none itself."""
+
 
 def experiment_names() -> list[str]:
     """Every experiment there is."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    names = (module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(name for name in names if not name.endswith(OF_RANKS))
 
 
 def load_experiment(name: str) -> ModuleType:

@@ -1,29 +1,19 @@
 """A training step on several ranks, by the wrapper that averages its gradients; all wrappers in one launch, in turn.
 
-Problems `naive_ddp_benchmarking` to `ddp_bucketed_benchmarking`. Each rank builds one model and one optimizer, and
-wraps a replica per wrapper: modules of their own whose parameters share the memory of the first, so that a dozen
-wrappers hold the weights once, and the hooks of one are none of another's. Every round takes one step with each, after
-a barrier, the plain model without any communication among them. Afterwards one step of each is recorded by the
-profiler, from which follows how much of the communication was overlapped.
+Problems `naive_ddp_benchmarking` to `ddp_bucketed_benchmarking`. What a rank does is in `data_parallel_ranks.py`.
 
 Source: CS336 assignment 2, sections 2.2 and 2.3 (2025).
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
-import tempfile
-import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-import torch.distributed as dist
-from torch import nn
 
 from cs336_systems.analysis import flops
 from cs336_systems.analysis.bucketing import CallCost, call_cost
@@ -36,31 +26,21 @@ from cs336_systems.bench.report import bytes_in_words
 from cs336_systems.bench.sweep import OnPart, OutOfMemory
 from cs336_systems.bench.timing import describe
 from cs336_systems.distributed.launch import RankFailed, launch
-from cs336_systems.distributed.rank import Rank
-from cs336_systems.distributed.variants import NAMES, WITH_BUCKETS, load_ddp, wrap
+from cs336_systems.distributed.variants import NAMES, WITH_BUCKETS, load_ddp
 from cs336_systems.errors import UserError
+from cs336_systems.experiments import data_parallel_ranks
+from cs336_systems.experiments.data_parallel_ranks import ALONE, AT_ONCE, ONE_NUMBER, TIMES, variant_name
 from cs336_systems.experiments.transformer_step import bound_ms
 from cs336_systems.model import SIZES, model_size
 from cs336_systems.object_reference import is_object_reference
-from cs336_systems.profiling.overlap import Span, merged, read_overlap
-from cs336_systems.profiling.ranges import named_range
-from cs336_systems.profiling.recorder import record_trace
-from cs336_systems.step import StepConfig, build_step, size_name, step_of
+from cs336_systems.step import StepConfig, size_name
 
-ALONE = "alone"
-"""The step without any communication: what is below every other."""
 BYTES_PER_MB = 1_000_000
 LAPTOP_CONTEXTS: Mapping[str, Sequence[int]] = {"small": [64]}
 LAPTOP_BUCKETS_MB = (1, 10, 100)
 WRAPPERS = ("naive", "flat", "overlapped", "bucketed", "torch")
 COMPARED_MB = 25
 """The bucket size at which ours stands beside PyTorch's own, which takes about this by default."""
-SHOWN_GAP_MS = 0.5
-"""Spans of a timeline that are closer than this are shown as one."""
-ONE_NUMBER, AT_ONCE = "one number", "all gradients"
-"""The two reductions, with nothing beside them, from which the price of a call and its bandwidth follow."""
-CALLS_OF_ONE_NUMBER = 20
-TIMES = ("step_ms", "gradients_ms", "finish_ms")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,11 +119,6 @@ class Case(StepConfig):
         return f"{self.size}, context {self.context_length}, {self.world_size} ranks"
 
 
-def variant_name(wrapper: str, bucket_mb: float | None) -> str:
-    """`bucketed 25 MB`, or the wrapper's name alone."""
-    return wrapper if bucket_mb is None else f"{wrapper} {bucket_mb:g} MB"
-
-
 def grid(
     *,
     contexts: Mapping[str, Sequence[int]] = LAPTOP_CONTEXTS,
@@ -213,136 +188,6 @@ def grid(
 # Measuring -----------------------------------------------------------------------------------------------------
 
 
-class Variant:
-    """One wrapper around its own replica of the model, and its steps."""
-
-    def __init__(self, name: str, model: nn.Module, wrapped: Any, replica: nn.Module) -> None:
-        self.name, self._wrapped, self._replica = name, wrapped, replica
-        self._pairs = list(zip(model.parameters(), replica.parameters(), strict=True))
-        self.times: dict[str, list[float]] = {each: [] for each in TIMES}
-
-    def step(self, rank: Rank, case: StepConfig, optimizer: torch.optim.Optimizer, batch: torch.Tensor) -> list[float]:
-        """One step of this rank, from a moment at which all ranks are there; its times in the order of `TIMES`."""
-        for _, mine in self._pairs:
-            mine.grad = None
-        run = step_of(dataclasses.replace(case, phase="forward-backward"), self.module, optimizer, batch)
-        dist.barrier()
-        _wait_for_all(rank)
-        begin = time.perf_counter()
-        with named_range("step"):
-            run()
-            if rank.device.type == "cuda":  # the products, not what NCCL does beside them
-                torch.cuda.current_stream().synchronize()
-            computed = time.perf_counter()
-            if self._wrapped is not None:
-                self._wrapped.finish_gradient_synchronization()
-            _wait_for_all(rank)
-            communicated = time.perf_counter()
-            for shared, mine in self._pairs:
-                shared.grad, mine.grad = mine.grad, None
-            with named_range("optimizer"):
-                optimizer.step()
-            _wait_for_all(rank)
-        end = time.perf_counter()
-        optimizer.zero_grad(set_to_none=True)
-        return [
-            1e3 * (moment - since) for moment, since in ((end, begin), (communicated, begin), (communicated, computed))
-        ]
-
-    @property
-    def module(self) -> nn.Module:
-        found: nn.Module = self._replica if self._wrapped is None else self._wrapped
-        return found
-
-
-def _wait_for_all(rank: Rank) -> None:
-    """For everything that the GPU was given."""
-    if rank.device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def replica_of(model: nn.Module) -> nn.Module:
-    """The same modules with parameters and buffers of their own that lie in the memory of the model's."""
-    same: dict[int, Any] = {id(each): nn.Parameter(each.detach(), each.requires_grad) for each in model.parameters()}
-    same |= {id(each): each.detach() for each in model.buffers()}
-    return copy.deepcopy(model, same)
-
-
-def train(rank: Rank, case: Case) -> dict[str, Any]:
-    """What one rank measures: times of every variant, and the spans of one recorded step of each."""
-    torch.manual_seed(case.seed + rank.rank)  # weights are rank 0's once a wrapper is there, batches are not
-    chosen = case.step_of_rank
-    built = build_step(chosen)
-    rank.alive()
-    variants = [Variant(ALONE, built.model, None, replica_of(built.model))]
-    for wrapper, size in case.variants:
-        replica = replica_of(built.model)
-        wrapped = wrap(wrapper, replica, size)
-        variants.append(Variant(variant_name(wrapper, size), built.model, wrapped, replica))
-        rank.alive()
-    for turn in range(case.warmup + case.rounds):
-        for variant in variants[turn % len(variants) :] + variants[: turn % len(variants)]:
-            times = variant.step(rank, chosen, built.optimizer, built.batch)
-            if turn >= case.warmup:
-                for name, taken in zip(TIMES, times, strict=True):
-                    variant.times[name].append(taken)
-            rank.report(None)
-    reductions = time_reductions(rank, built.model, case)
-    recorded = {each.name: record(each, rank, chosen, built.optimizer, built.batch) for each in variants[1:]}
-    gradients = [each for each in built.model.parameters() if each.requires_grad]
-    return {
-        "times": {each.name: each.times for each in variants},
-        "recorded": recorded,
-        "reductions_ms": reductions,
-        "gradient_bytes": sum(each.numel() * each.element_size() for each in gradients),
-        "gradients": len(gradients),
-    }
-
-
-def time_reductions(rank: Rank, model: nn.Module, case: Case) -> dict[str, list[float]]:
-    """Calls alone, while nothing else is done, in turn: of a single number, and of all gradients at once."""
-    gradients = sum(each.numel() for each in model.parameters() if each.requires_grad)
-    tensors = {ONE_NUMBER: torch.zeros(1, device=rank.device), AT_ONCE: torch.zeros(gradients, device=rank.device)}
-    taken: dict[str, list[float]] = {name: [] for name in tensors}
-    for turn in range(case.warmup + case.rounds):
-        for name, tensor in tensors.items():
-            calls = CALLS_OF_ONE_NUMBER if name == ONE_NUMBER else 1
-            dist.barrier()
-            _wait_for_all(rank)
-            begin = time.perf_counter()
-            for _ in range(calls):
-                dist.all_reduce(tensor)
-            _wait_for_all(rank)
-            if turn >= case.warmup:
-                taken[name].append(1e3 * (time.perf_counter() - begin) / calls)
-        rank.report(None)
-    return taken
-
-
-def record(
-    variant: Variant, rank: Rank, case: StepConfig, optimizer: torch.optim.Optimizer, batch: torch.Tensor
-) -> dict[str, Any]:
-    """When a recorded step computed and communicated."""
-    with tempfile.TemporaryDirectory(prefix="cs336-trace-") as folder:
-        path = Path(folder) / "trace.json"
-        with record_trace(path, rank.device.type):
-            variant.step(rank, case, optimizer, batch)
-        found = read_overlap(path, "step")
-    rank.report(None)
-    return {
-        "calls": found.calls,
-        "communication_ms": found.communication_ms,
-        "overlapped_ms": found.overlapped_ms,
-        "compute_spans_ms": _shown(found.compute),
-        "communication_spans_ms": _shown(found.communication),
-    }
-
-
-def _shown(spans: Sequence[Span]) -> list[list[float]]:
-    """As a timeline needs them, to the microsecond."""
-    return [[round(moment, 3) for moment in span] for span in merged(spans, SHOWN_GAP_MS)]
-
-
 def measure(case: Case, on_part: OnPart) -> Measurement:
     """Samples: `<variant> <time>`, each step's of the slowest rank. Values: by rank all times, and what was recorded.
 
@@ -351,7 +196,7 @@ def measure(case: Case, on_part: OnPart) -> Measurement:
         UserError: more ranks than GPUs, or a wrapper that cannot be made.
     """
     require_memory(case)
-    steps = (2 + len(case.variants)) * (case.warmup + case.rounds) + len(case.variants)
+    steps = (2 + len(case.variants)) * (case.warmup + case.rounds) + 2 * len(case.variants)
     done = 0
 
     def count(_rank: int, _value: object) -> None:
@@ -360,7 +205,9 @@ def measure(case: Case, on_part: OnPart) -> Measurement:
         on_part(min(1.0, done / (steps * case.world_size)))
 
     try:
-        ranks = launch(train, case, world_size=case.world_size, backend=case.backend, on_report=count)
+        ranks = launch(
+            data_parallel_ranks.train, case, world_size=case.world_size, backend=case.backend, on_report=count
+        )
     except RankFailed as error:
         if error.signal_name == "SIGKILL":
             raise OutOfMemory(str(error)) from error
@@ -377,6 +224,7 @@ def measure(case: Case, on_part: OnPart) -> Measurement:
             max(taken) for taken in zip(*(each["reductions_ms"][way] for each in ranks), strict=True)
         ]
     values = {
+        "checked": ranks[0]["checked"],
         "gradient_bytes": ranks[0]["gradient_bytes"],
         "gradients": ranks[0]["gradients"],
         "ranks": [{"times": each["times"], "recorded": each["recorded"]} for each in ranks],
@@ -391,8 +239,8 @@ def require_memory(case: Case) -> None:
         OutOfMemory: with what is needed at least, and what there is.
     """
     sharing = case.world_size if case.device == "cpu" else 1
-    # The largest buffer of gradients on their way is that of all as one.
-    needed = sharing * (flops.resident_bytes(case.config, "step") + 4 * sum(flops.parameters(case.config).values()))
+    # Gradients on their way: the largest buffer is that of all as one.
+    needed = sharing * (flops.resident_bytes(case.config, "step") + gradient_bytes(case))
     available = available_bytes(case.device)
     if needed > available:
         raise OutOfMemory(
@@ -411,7 +259,7 @@ def predict(cases: Sequence[Case], peaks: Peaks) -> pd.DataFrame:
             {
                 "size": case.size,
                 **dataclasses.asdict(case),
-                "gradient_bytes": 4 * sum(flops.parameters(case.config).values()),
+                "gradient_bytes": gradient_bytes(case),
                 "bound_ms": floor_ms(case, peaks),
                 "ceilings": peaks.name,
                 "variants": len(case.variants),
@@ -419,6 +267,11 @@ def predict(cases: Sequence[Case], peaks: Peaks) -> pd.DataFrame:
             for case in cases
         ]
     )
+
+
+def gradient_bytes(case: Case) -> int:
+    """Of the gradients of all parameters."""
+    return torch.float32.itemsize * sum(flops.parameters(case.config).values())
 
 
 def floor_ms(case: Case, peaks: Peaks) -> float:
@@ -483,6 +336,8 @@ def summarise(
                     "overlapped": _overlapped_share(values, name),
                     "modelled_ms": _modelled_ms(cost, wrapper, shared["gradient_bytes"], calls),
                     "recorded": _recorded(values, name),
+                    "relative_error": values.get("checked", {}).get(name, {}).get("relative_error", math.nan),
+                    "is_right": _is_right(values, name),
                 }
             )
     return pd.DataFrame(rows)
@@ -501,6 +356,12 @@ def _recorded(values: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
 def _over_ranks(values: Mapping[str, Any], name: str, what: str) -> float:
     found = [each[what] for each in _recorded(values, name)]
     return sum(found) / len(found) if found else math.nan
+
+
+def _is_right(values: Mapping[str, Any], name: str) -> bool | None:
+    """Whether ranks agreed to the last bit and had a gradient where one process has one."""
+    found = values.get("checked", {}).get(name)
+    return None if found is None else found["ranks_equal"] and found["same_parameters"]
 
 
 def _overlapped_share(values: Mapping[str, Any], name: str) -> float:

@@ -29,7 +29,8 @@ from cs336_systems.bench.report import (
     plural,
     with_deviation,
 )
-from cs336_systems.experiments.data_parallel import ALONE, BYTES_PER_MB, COMPARED_MB, variant_name
+from cs336_systems.experiments.data_parallel import BYTES_PER_MB, COMPARED_MB
+from cs336_systems.experiments.data_parallel_ranks import ALONE, variant_name
 from cs336_systems.presentation.transformer_step import caption_of
 
 if TYPE_CHECKING:
@@ -39,13 +40,16 @@ AFTER, DURING = ("naive", "flat"), ("overlapped", "bucketed")
 """Ours that communicate after backward, and during it."""
 PYTORCHS = variant_name("torch", COMPARED_MB)
 OURS = variant_name("bucketed", COMPARED_MB)
+EPS = float(np.finfo(np.float32).eps)
 CLOSE = 0.1
 """Of PyTorch's step time: how far ours may be off to keep up with it."""
 NOTE = (
     "Times are of the slowest rank, from a moment at which all had arrived. Alone is the step without communication, "
     "with the same share of the batch; exposed is by how much the gradients of all ranks are there later than those of "
     "a rank alone, finish what of it is spent after backward. Calls and the overlapped share of the communication are "
-    "of one more step under the profiler. The model is that of the section on bucket sizes."
+    "of one more step under the profiler. Off one process is the norm of the difference between the averaged gradients "
+    "and those of one process on the whole batch, by the latter's and by the spacing ε of float32 at 1. The model is "
+    "that of the section on bucket sizes."
 )
 
 
@@ -75,6 +79,7 @@ def table(summary: pd.DataFrame) -> Table:
         Column("finish (ms)", lambda row: number(row.finish_ms)),
         Column("calls", lambda row: number(row.calls)),
         Column("overlapped", lambda row: percent(row.overlapped)),
+        Column("off one process (ε)", lambda row: number(row.relative_error / EPS, 2)),
         Column("exposed by the model (ms)", lambda row: number(row.modelled_ms)),
         Column("floor alone (ms)", lambda row: number(row.bound_ms)),
     ]
@@ -240,6 +245,7 @@ def findings(summary: pd.DataFrame) -> Findings:
     """Everything, as the notebook tells it."""
     return Findings(
         [
+            *right(summary),
             *naive(summary),
             *flat(summary),
             *overlapped(summary),
@@ -267,6 +273,26 @@ def _of_each(summary: pd.DataFrame, subject: str, say: Any) -> Findings:
 def _said(rows: pd.DataFrame, say: Any) -> Finding | None:
     measured = rows[rows["status"] == "ok"]
     return say({row["variant"]: row for _, row in measured.iterrows()}) if len(measured) else None
+
+
+def right(summary: pd.DataFrame) -> Findings:
+    """Problem `naive_ddp` and those of the other wrappers: their gradients are those of one process."""
+    return _of_each(summary, "Whether the gradients are those of one process", _right)
+
+
+def _right(rows: dict[str, Any]) -> Finding | None:
+    own = [row for row in rows.values() if row["is_right"] is not None]
+    if not own:
+        return None
+    wrong = [row["variant"] for row in own if not row["is_right"]]
+    worst = max(own, key=lambda row: row["relative_error"])
+    return Finding.checked(
+        f"{beginning(_case_name(worst))}: the averaged gradients are at most "
+        f"{number(worst['relative_error'] / EPS, 2)} times the spacing of float32 at 1 off those of one process on the whole batch, relative to their norm",
+        not wrong,
+        so="; all ranks have them equal to the last bit, with every wrapper.",
+        but=f"; ranks differ with {', '.join(wrong)}.",
+    )
 
 
 def naive(summary: pd.DataFrame) -> Findings:
