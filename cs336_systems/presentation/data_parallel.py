@@ -288,7 +288,8 @@ def _right(rows: dict[str, Any]) -> Finding | None:
     worst = max(own, key=lambda row: row["relative_error"])
     return Finding.checked(
         f"{beginning(_case_name(worst))}: the averaged gradients are at most "
-        f"{number(worst['relative_error'] / EPS, 2)} times the spacing of float32 at 1 off those of one process on the whole batch, relative to their norm",
+        f"{number(worst['relative_error'] / EPS, 2)} times the spacing of float32 at 1 off those of one process on the "
+        "whole batch, relative to their norm",
         not wrong,
         so="; all ranks have them equal to the last bit, with every wrapper.",
         but=f"; ranks differ with {', '.join(wrong)}.",
