@@ -52,6 +52,8 @@ class Cost:
     sent_bytes: float
     """Of the rank that sends most."""
     steps: int
+    total_bytes: float
+    """Of all ranks together."""
 
     def seconds(self, bandwidth_bytes_per_s: float, latency_s: float = 0.0) -> float:
         """The time it takes where a rank sends that many bytes per second, and each step begins that much later."""
@@ -66,7 +68,9 @@ def ring_cost(operation: str, size_bytes: float, world_size: int) -> Cost:
     """
     if world_size < 1:
         raise UserError(f"expected at least 1 rank, found {world_size}")
-    return Cost(sent_share(operation, world_size) * size_bytes, _steps(world_size)[operation])
+    sent = sent_share(operation, world_size) * size_bytes
+    senders = world_size - 1 if operation == "broadcast" else world_size  # the last of the chain only receives
+    return Cost(sent, _steps(world_size)[operation], senders * sent)
 
 
 def sent_share(operation: str, world_size: int) -> float:

@@ -62,7 +62,15 @@ def test_the_ring_hardly_depends_on_the_number_of_ranks(world_size: int) -> None
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_one_rank_sends_nothing(operation: str) -> None:
-    assert ring_cost(operation, SIZE, 1) == Cost(0, 0)
+    assert ring_cost(operation, SIZE, 1) == Cost(0, 0, 0)
+
+
+@several
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_all_ranks_together_send_what_every_rank_lacks(operation: str, world_size: int) -> None:
+    """An array that all are to have must reach each but one; a sum needs every rank's array but one to come in."""
+    halves = {"all_reduce": 2, RING: 2, ALTERNATE: world_size}.get(operation, 1)
+    assert ring_cost(operation, SIZE, world_size).total_bytes == pytest.approx(halves * (world_size - 1) * SIZE)
 
 
 @several
