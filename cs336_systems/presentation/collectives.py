@@ -1,4 +1,7 @@
-"""Problems `distributed_communication_single_node` and `alternate_ring_all_reduce`, as tables, a figure and sentences."""
+"""Collectives, as tables, a figure and sentences.
+
+Problems `distributed_communication_single_node` and `alternate_ring_all_reduce`.
+"""
 
 from __future__ import annotations
 
@@ -88,11 +91,10 @@ def links_table(summary: pd.DataFrame) -> Table:
     """What a rank sends per second to its neighbour, alone and while all others do."""
     columns = [
         *(column for column in _identity() if column.heading != "operation"),
-        Column("one way (GB/s)", lambda row: number(row.one_way_bytes_per_s / GB)),
+        Column("one way (GB/s)", lambda row: _status_or(row, row.one_way_bytes_per_s / GB)),
         Column("both ways (GB/s)", lambda row: number(row.link_bytes_per_s / GB)),
         Column("all ranks at once (GB/s)", lambda row: number(row.shared_bytes_per_s / GB)),
         Column("all, whole arrays (GB/s)", lambda row: number(row.shared_whole_bytes_per_s / GB)),
-        Column("record", lambda row: "" if row.status == "ok" else str(row.status), "left"),
     ]
     rows = summary.drop_duplicates("case") if len(summary) else summary
     note = "Per rank and direction, the fastest of all rounds. Messages are chunks of the array, an N-th for N ranks."
@@ -166,8 +168,10 @@ def caption(summary: pd.DataFrame) -> str:
 
 def notes_below(summary: pd.DataFrame) -> list[str]:
     """What the marks mean, why a row has no time, and where ranks shared cores."""
-    notes = remarks.notes_below(summary, _name, _case_name) if len(summary) else []
-    crowded = summary[summary["world_size"] > summary["cores"]] if len(summary) else summary
+    if not len(summary):
+        return []
+    notes = remarks.notes_below(summary, _name, _case_name)
+    crowded = summary[(summary["world_size"] > summary["cores"]) & (summary["device"] == "cpu")]
     if len(crowded):
         counts = sorted({int(count) for count in crowded["world_size"]})
         cores = plural(int(crowded["cores"].iloc[0]), "core")
@@ -280,8 +284,9 @@ def by_size(rows: pd.DataFrame) -> Finding | None:
         first = ordered.iloc[0]
         per_byte = (first["slowest_ms"] / first["size_bytes"]) / (large["slowest_ms"] / large["size_bytes"])
         texts.append(
-            f"of {world} ranks {number(times, 2)} times from {small['size_mb']:g} to {large['size_mb']:g} MB, and a byte "
-            f"of {first['size_mb']:g} MB costs {number(per_byte, 2)} times as much as one of {large['size_mb']:g} MB"
+            f"of {world} ranks {number(times, 2)} times from {small['size_mb']:g} to {large['size_mb']:g} MB, and a "
+            f"byte of {first['size_mb']:g} MB costs {number(per_byte, 2)} times as much as one of "
+            f"{large['size_mb']:g} MB"
         )
     if not texts:
         return None
@@ -308,8 +313,8 @@ def by_ranks(rows: pd.DataFrame) -> Finding | None:
     times = last["slowest_ms"] / first["slowest_ms"]
     own, shared = last["sent_bytes"] / first["sent_bytes"], last["total_bytes"] / first["total_bytes"]
     return Finding.checked(
-        f"All-reduce of {first['size_mb']:g} MB takes {number(times, 2)} times as long with {many} ranks as with {few}; "
-        f"what one rank sends grows {number(own, 2)} times, what all send together {number(shared, 2)} times",
+        f"All-reduce of {first['size_mb']:g} MB takes {number(times, 2)} times as long with {many} ranks as with "
+        f"{few}; what one rank sends grows {number(own, 2)} times, what all send together {number(shared, 2)} times",
         bool(abs(math.log(times / own)) <= abs(math.log(times / shared))),
         so=": nearer to the first, as if each rank had a link of its own.",
         but=": nearer to the second, as if all ranks had one link, which is what one machine's cores and memory are.",
@@ -342,12 +347,12 @@ def sharing(rows: pd.DataFrame) -> Finding | None:
         return None
     row = timed.sort_values(["world_size", "size_bytes"]).iloc[-1]
     left = row["shared_bytes_per_s"] / row["link_bytes_per_s"]
-    crowded = "more ranks than cores" if row["world_size"] > row["cores"] and row["device"] == "cpu" else ""
+    crowded = ", more ranks than cores" if row["world_size"] > row["cores"] and row["device"] == "cpu" else ""
     return Finding.checked(
-        f"When all {row['world_size']} ranks pass chunks of {row['size_mb']:g} MB on at once, each sends "
+        f"When all {row['world_size']} ranks pass on chunks of an array of {row['size_mb']:g} MB at once, each sends "
         f"{number(row['shared_bytes_per_s'] / GB)} GB/s, {percent(left)} of what two have alone",
         bool(left < 0.8),
-        so=f": they share what carries the messages{f', {crowded}' if crowded else ''}. No ring can reach its bound so.",
+        so=f": they share what carries the messages{crowded}. So no ring can reach its bound.",
         but=": the links do not get in each other's way.",
     )
 
@@ -390,8 +395,8 @@ def alternate(rows: pd.DataFrame) -> Finding | None:
         return None
     largest = pairs.sort_values("size_bytes").groupby("world_size", sort=True).tail(1).sort_values("world_size")
     texts = [
-        f"{number(row['ratio'], 2)} at {_case_name(row)} (N/2 is {number(row['bytes_ratio'], 2)}, and the messages alone "
-        f"make it {number(row['messages_ratio'], 2)})"
+        f"{number(row['ratio'], 2)} at {_case_name(row)} (N/2 is {number(row['bytes_ratio'], 2)}, and the messages "
+        f"alone make it {number(row['messages_ratio'], 2)})"
         for _, row in largest.iterrows()
     ]
     off = (largest["ratio"] / largest["bytes_ratio"] - 1).abs()
@@ -400,8 +405,8 @@ def alternate(rows: pd.DataFrame) -> Finding | None:
         bool(off.max() <= 0.25),
         so=". It is about N/2, as the bytes have it.",
         but=(
-            ". It is not N/2: the alternate ring also adds whole arrays where the ring adds chunks, N/2 times as many "
-            "additions as well, and passes what no cache holds; ranks that share cores wait for both."
+            ". It is not N/2 everywhere: whole arrays and chunks do not pass at the same speed, and what the messages "
+            "do not explain is additions and waiting for a core."
         ),
     )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from typing import Any
 from unittest.mock import patch
 
@@ -17,6 +19,8 @@ from cs336_systems.distributed.collectives import (
 )
 from cs336_systems.distributed.rank import Rank
 from cs336_systems.errors import UserError
+from cs336_systems.experiments import collectives
+from cs336_systems.experiments.collectives import Case
 
 REDUCES = {"ring": ring_all_reduce, "alternate ring": alternate_ring_all_reduce}
 
@@ -73,11 +77,12 @@ def run_named(rank: Rank, names: list[str], length: int) -> dict[str, tuple[Any,
     return found
 
 
+def refuse(*_: object) -> None:
+    raise RuntimeError("ProcessGroupGloo does not support reduce_scatter")
+
+
 def run_without_reduce_scatter(rank: Rank) -> str:
     """What is told where the library says that it does not have it."""
-
-    def refuse(*_: object) -> None:
-        raise RuntimeError("ProcessGroupGloo does not support reduce_scatter")
 
     buffers = Buffers.of(4, rank.world_size, rank.device, scratch=0)
     try:
@@ -91,3 +96,40 @@ def run_without_reduce_scatter(rank: Rank) -> str:
 def reduce_with_short_scratch(rank: Rank, operation: str) -> None:
     """Of eight elements."""
     REDUCES[operation](torch.zeros(8, device=rank.device), torch.zeros(1, device=rank.device))
+
+
+# In the place of the experiment's own worker ---------------------------------------------------------------------
+
+
+def find_a_wrong_result(rank: Rank, case: Case) -> None:
+    """An all-reduce that does nothing."""
+    with patch.object(dist, "all_reduce", lambda _: None):
+        collectives.take_part(rank, case)
+
+
+def fail_after_rounds(rank: Rank, case: Case) -> None:
+    """A warm-up and a measured round, then one rank fails once all have come so far."""
+    for number in range(case.warmup + 1):
+        rank.report({"round": number, "ms": {"all_reduce": 1.5}})
+    dist.barrier()
+    if rank.rank == 0:
+        raise RuntimeError("broken on purpose")
+
+
+def be_killed(rank: Rank, case: Case) -> None:
+    """As by a system that runs out of memory."""
+    if rank.rank == case.world_size - 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.barrier()
+
+
+def take_part_without_reduce_scatter(rank: Rank, case: Case) -> None:
+    """As with an old library."""
+    with patch.object(dist, "reduce_scatter_tensor", refuse):
+        collectives.take_part(rank, case)
+
+
+def bytes_of_buffers(rank: Rank, length: int, scratch: int) -> int:
+    """Of the arrays that a rank allocates."""
+    buffers = Buffers.of(length, rank.world_size, rank.device, scratch=scratch)
+    return sum(each.nbytes for each in (buffers.whole, buffers.part, buffers.scratch))
