@@ -70,7 +70,7 @@ def table(summary: pd.DataFrame) -> Table:
         Column("bus (GB/s)", lambda row: number(row.bus_bytes_per_s / GB)),
         Column("bound (ms)", lambda row: number(row.bound_ms)),
         Column("reached", lambda row: percent(row.fraction)),
-        Column(f"{PublishedAllReduce.HARDWARE} (ms)", lambda row: number(row.published_ms)),
+        Column(f"published, {PublishedAllReduce.HARDWARE} (ms)", lambda row: number(row.published_ms)),
     ]
     note = (
         "Mean and deviation over the ranks' own means; slowest is the mean over the rounds of the rank that took "
@@ -91,7 +91,7 @@ def links_table(summary: pd.DataFrame) -> Table:
     """What a rank sends per second to its neighbour, alone and while all others do."""
     columns = [
         *(column for column in _identity() if column.heading != "operation"),
-        Column("one way (GB/s)", lambda row: _status_or(row, row.one_way_bytes_per_s / GB)),
+        Column("one way (GB/s)", _one_way),
         Column("both ways (GB/s)", lambda row: number(row.link_bytes_per_s / GB)),
         Column("all ranks at once (GB/s)", lambda row: number(row.shared_bytes_per_s / GB)),
         Column("all, whole arrays (GB/s)", lambda row: number(row.shared_whole_bytes_per_s / GB)),
@@ -99,6 +99,10 @@ def links_table(summary: pd.DataFrame) -> Table:
     rows = summary.drop_duplicates("case") if len(summary) else summary
     note = "Per rank and direction, the fastest of all rounds. Messages are chunks of the array, an N-th for N ranks."
     return Table.of(rows, columns, caption=f"Links between ranks. {caption(summary)}", notes=[note])
+
+
+def _one_way(row: Any) -> str:
+    return number(row.one_way_bytes_per_s / GB) if row.status == "ok" else str(row.status)
 
 
 def rings_table(summary: pd.DataFrame) -> Table:
@@ -268,7 +272,9 @@ def ring_findings(summary: pd.DataFrame) -> Findings:
     if not len(asked):
         return Findings([Finding("No case can be measured on this machine; the notes of the table say why.")])
     subject = "How many times the ring's time the alternate ring takes"
-    return Findings([*Finding.from_all(asked, subject, alternate), *staleness(asked)])
+    small = "Whether the steps count for small arrays"
+    found = [*Finding.from_all(asked, subject, alternate), *Finding.from_all(asked, small, steps)]
+    return Findings([*found, *staleness(asked)])
 
 
 def by_size(rows: pd.DataFrame) -> Finding | None:
@@ -352,7 +358,11 @@ def sharing(rows: pd.DataFrame) -> Finding | None:
         f"When all {row['world_size']} ranks pass on chunks of an array of {row['size_mb']:g} MB at once, each sends "
         f"{number(row['shared_bytes_per_s'] / GB)} GB/s, {percent(left)} of what two have alone",
         bool(left < 0.8),
-        so=f": they share what carries the messages{crowded}. So no ring can reach its bound.",
+        so=(
+            f": they share what carries the messages{crowded}. So no ring can reach its bound; at that speed its bytes "
+            f"take {number(1e3 * row['sent_bytes'] / row['shared_bytes_per_s'])} ms, and the library's all-reduce took "
+            f"{number(row['slowest_ms'])} ms."
+        ),
         but=": the links do not get in each other's way.",
     )
 
@@ -408,6 +418,22 @@ def alternate(rows: pd.DataFrame) -> Finding | None:
             ". It is not N/2 everywhere: whole arrays and chunks do not pass at the same speed, and what the messages "
             "do not explain is additions and waiting for a core."
         ),
+    )
+
+
+def steps(rows: pd.DataFrame) -> Finding | None:
+    """The ratio at the smallest size of the most ranks: steps count where they cost more than their bytes."""
+    pairs = rings(rows[rows["status"] == "ok"]).dropna(subset=["ratio"])
+    pairs = pairs[pairs["world_size"] == pairs["world_size"].max()].sort_values("size_bytes")
+    if len(pairs) < 2:
+        return None
+    small, large = pairs.iloc[0], pairs.iloc[-1]
+    return Finding.checked(
+        f"At {_case_name(small)} it takes {number(small['ratio'], 2)} times as long as the ring, at "
+        f"{_case_name(large)} {number(large['ratio'], 2)} times",
+        bool(small["ratio"] < large["ratio"]),
+        so=": the smaller the messages, the more it is worth that it has half as many steps.",
+        but=": that it has half as many steps does not show at this size.",
     )
 
 
