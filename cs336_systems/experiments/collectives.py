@@ -76,7 +76,7 @@ PROCESS_BYTES = 50 * 2**20
 SLOWEST_BYTES_PER_S = 2e8
 """What the links of all ranks together move at least; slower ones count as hung."""
 
-PASSES: Mapping[str, float] = MappingProxyType({"cpu": 8.0, "cuda": 8.0})
+PASSES: Mapping[str, float] = MappingProxyType({"cpu": 16.0, "cuda": 8.0})
 START_S: Mapping[str, float] = MappingProxyType({"cpu": 1.0, "cuda": 10.0})
 """How many times over a byte that is sent goes through memory, about, and what starting the ranks takes."""
 
