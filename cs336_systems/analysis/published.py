@@ -171,3 +171,20 @@ class PublishedFlash:
             "forward-backward_eager_ms": row["end_to_end_eager_ms"],
             "forward-backward_triton_ms": row["end_to_end_triton_ms"],
         }
+
+
+class PublishedAllReduce:
+    """Published seconds of an all-reduce of float32 over Gloo, on one CPU machine; sizes in 10⁶ bytes."""
+
+    HARDWARE = "one CPU machine"
+
+    def __init__(self, reference: Callable[[str], pd.DataFrame]) -> None:
+        """`reference` reads a table by its name."""
+        rows = reference("all_reduce_gloo_cpu")
+        self._seconds = {(10**6 * row.megabytes, row.world_size): float(row.seconds) for row in rows.itertuples()}
+
+    def milliseconds(self, size_bytes: int, world_size: int, operation: str, backend: str) -> float:
+        """NaN where nothing was published for this work; what was, is the library's own all-reduce."""
+        if (operation, backend) != ("all_reduce", "gloo"):
+            return NAN
+        return 1e3 * self._seconds.get((size_bytes, world_size), NAN)

@@ -5,6 +5,7 @@ A shared machine cannot be made quiet, but a record can say that it was not.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import statistics
 import time
@@ -27,7 +28,7 @@ class NoiseMonitor:
     STEAL = 0.02
     """Share of processor time taken by other virtual machines."""
     OTHERS = 0.05
-    """Share of this process's cores that other processes used."""
+    """Share of this process's cores that processes used which it did not start."""
     TICKS_S = 0.05
     """Less than this many seconds of other processes is below what the system counts in."""
     THROTTLED = 0.05
@@ -80,14 +81,13 @@ class NoiseMonitor:
         }
 
     def _counters(self) -> dict[str, Any]:
-        own = psutil.Process().cpu_times()
         return {
             "time": time.monotonic(),
             "switches": _involuntary_switches(),
             "steal": getattr(psutil.cpu_times(), "steal", 0.0),
             "busy": _busy_seconds(),
             "throttled": _throttled_seconds() if self.device == "cuda" else {},
-            "own": own.user + own.system + getattr(own, "children_user", 0.0) + getattr(own, "children_system", 0.0),
+            "own": _own_seconds(),
         }
 
 
@@ -98,6 +98,17 @@ def _involuntary_switches() -> int:
     import resource  # not on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
+
+
+def _own_seconds() -> float:
+    """Processor time of this process and of all it has started, the ranks of a job among them, ended ones too."""
+    own = psutil.Process()
+    seconds = 0.0
+    for process in (own, *own.children(recursive=True)):
+        with contextlib.suppress(psutil.Error):  # one may end meanwhile: then its parent has its time
+            times = process.cpu_times()
+            seconds += sum(getattr(times, kind, 0.0) for kind in ("user", "system", "children_user", "children_system"))
+    return seconds
 
 
 def _busy_seconds() -> float:

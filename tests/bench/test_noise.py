@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -44,16 +46,33 @@ def test_a_driver_that_does_not_count_is_no_noise(monkeypatch: pytest.MonkeyPatc
     assert not any("clocks" in flag for flag in monitor.report({})["flags"])
 
 
+COUNTING = "while True: pass"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a process whose parent has ended keeps it there")
 def test_another_process_on_the_same_cores_is_seen() -> None:
-    """As many processes that do nothing but count as there are cores, and this one asleep."""
-    counting = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(usable_cores())]
+    """As many processes that do nothing but count as there are cores, whose parents have ended; this one asleep."""
+    start = (
+        f"from subprocess import *; import sys; print(Popen([sys.executable, '-c', {COUNTING!r}], stdout=DEVNULL).pid)"
+    )
+    told = [
+        subprocess.run([sys.executable, "-c", start], stdout=subprocess.PIPE, check=True) for _ in range(usable_cores())
+    ]
     try:
         with noise.NoiseMonitor("cpu") as monitor:
             time.sleep(1.0)
     finally:
-        for process in counting:
-            process.kill()
-            process.wait()
+        for each in told:
+            os.kill(int(each.stdout), signal.SIGKILL)
     report = monitor.report({})
     assert report["others"] > noise.NoiseMonitor.OTHERS
     assert any("other processes used" in flag for flag in report["flags"])
+
+
+def test_what_a_process_it_started_uses_is_counted_as_its_own() -> None:
+    before = noise._own_seconds()
+    with subprocess.Popen([sys.executable, "-c", COUNTING]) as counting:
+        while noise._own_seconds() < before + 0.2:
+            time.sleep(0.05)
+        counting.kill()
+    assert noise._own_seconds() >= before + 0.2

@@ -27,7 +27,7 @@ def record(case: Case, **other: str) -> Record:
     if case.rules == "cpu":
         dtypes["output of LayerNorm"] = case.autocast
     values = {"dtypes": dtypes | {name.replace("_", " "): dtype for name, dtype in other.items()}}
-    return record_of("autocast_dtypes", case, Measurement(values=values))  # type: ignore[arg-type]
+    return record_of("autocast_dtypes", case, Measurement(values=values))
 
 
 def missing(case: Case) -> Record:

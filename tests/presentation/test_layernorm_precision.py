@@ -46,7 +46,7 @@ def record(case: Case, *, roundoffs: Mapping[str, float] | None = None, **change
         "not_finite": {name: int(name not in errors) for name in ROWS},
         "extremes": touched,
     }
-    return record_of("layernorm_precision", case, Measurement(values=values), **changes)  # type: ignore[arg-type]
+    return record_of("layernorm_precision", case, Measurement(values=values), **changes)
 
 
 def missing(case: Case) -> Record:

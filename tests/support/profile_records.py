@@ -16,7 +16,6 @@ from cs336_systems.model import model_size
 from cs336_systems.profiling.categories import category_of
 from cs336_systems.profiling.outline import outline
 from cs336_systems.profiling.timeline import Change, Phase, timeline_of_changes
-from cs336_systems.step import StepConfig
 
 PEAKS = Peaks("toy-1c", {"float32": 1e11, "bfloat16": 2e11}, 1e10, 0, 2**33, "made up for a test")
 """100 GFLOP/s and 10 GB/s, no cache: floors can be counted in the head."""
@@ -28,7 +27,7 @@ def case_of(size: str = "small", context: int = 128, phase: str = "forward", **c
     return Case(**{**dimensions, "device": "cpu", "phase": phase, "warmup": 1, "steps": 2, **changes})
 
 
-def record_of(experiment: str, case: StepConfig, measurement: Measurement, **changes: Any) -> Record:
+def record_of(experiment: str, case: Any, measurement: Measurement, **changes: Any) -> Record:
     """With the measurement as it comes back from a file: lists where there were tuples."""
     content: dict[str, Any] = {
         "experiment": experiment,
