@@ -39,7 +39,7 @@ class CallCost:
         return gradient_bytes / (buckets * self.bytes_per_s) + buckets * self.seconds_per_call
 
     def best_bucket_bytes(self, gradient_bytes: float) -> float:
-        """The size of a bucket with the least overhead: no more than all, and all where a call costs nothing less."""
+        """The size of a bucket with the least overhead, at most that of all: 0 where a call costs nothing."""
         return min(gradient_bytes, math.sqrt(gradient_bytes * self.bytes_per_s * self.seconds_per_call))
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from cs336_systems.errors import UserError
-from cs336_systems.profiling.trace import trace_events, without_collecting
+from cs336_systems.profiling.trace import nanoseconds, trace_events, without_collecting
 
 Span = tuple[float, float]
 """Begin and end in milliseconds."""
@@ -51,7 +51,7 @@ class Overlap:
 
 
 def read_overlap(path: Path, within: str) -> Overlap:
-    """The spans of the first range called `within` in a trace.
+    """The spans of the first range called `within` in a trace; events without a name or a time are left out.
 
     Raises:
         UserError: the file is no trace, or has no such range.
@@ -61,7 +61,8 @@ def read_overlap(path: Path, within: str) -> Overlap:
     ranges = [each for each in events if each.get("cat") == "user_annotation" and each["name"] == within]
     if not ranges:
         raise UserError(f"{path} has no range called {within!r}: record the step inside record_function({within!r})")
-    begin, end = (ranges[0]["ts"], ranges[0]["ts"] + ranges[0]["dur"])
+    first = min(ranges, key=lambda each: float(each["ts"]))
+    begin, end = first["ts"], first["ts"] + first["dur"]
     inside = [each for each in events if each["ts"] < end and each["ts"] + each["dur"] > begin]
     of_device = [each for each in inside if each.get("cat") in _OF_THE_DEVICE]
     operators = [each for each in inside if each.get("cat") == "cpu_op" and not each["name"].startswith(_HANDS_OVER)]
@@ -79,10 +80,11 @@ def read_overlap(path: Path, within: str) -> Overlap:
 
 
 def _is_complete(event: Any) -> bool:
-    """Whether an event has a name, a begin and a duration."""
-    if not isinstance(event, dict) or not isinstance(event.get("name"), str):
+    """Whether an event has a name, a category, a begin and a duration."""
+    if not isinstance(event, dict) or not all(isinstance(event.get(name), str) for name in ("name", "cat")):
         return False
-    return all(isinstance(event.get(name), (int, float)) for name in ("ts", "dur"))
+    begin, duration = (nanoseconds(event.get(name)) for name in ("ts", "dur"))
+    return begin is not None and duration is not None and duration >= 0
 
 
 def merged(spans: Sequence[Span], gap_ms: float = 0.0) -> tuple[Span, ...]:
