@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cs336_systems.repository import repository_root
+from cs336_systems.repository import cache_folder, repository_root
 
 _LINKED = ("cs336_systems", "scripts", "tests", "notebooks", "configs")
 
@@ -18,6 +18,8 @@ def changeable_checkout(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     made.mkdir()
     for name in _LINKED:
         (made / name).symlink_to(real / name)
+    cache_folder().mkdir(exist_ok=True)
+    (made / ".cache").symlink_to(cache_folder())  # the code is the same, so what was computed from it is too
     for name in ("problems.toml", "README.md"):
         shutil.copy(real / name, made)
     shutil.copytree(real / "writeup", made / "writeup", ignore=shutil.ignore_patterns("build"))
