@@ -83,7 +83,7 @@ def table(summary: pd.DataFrame) -> Table:
         Column("exposed by the model (ms)", lambda row: number(row.modelled_ms)),
         Column("floor alone (ms)", lambda row: number(row.bound_ms)),
     ]
-    notes = [NOTE, *(remarks.notes_below(summary, _name, _case_name) if len(summary) else [])]
+    notes = [NOTE, *(remarks.notes_below(summary, _case_name, _case_name) if len(summary) else [])]
     return Table.of(summary, columns, caption=caption(summary), notes=notes)
 
 
@@ -103,10 +103,6 @@ def _text(row: Any, field: str) -> str:
 
 def _step(row: Any) -> str:
     return str(row.status) if row.status != "ok" else with_deviation(row.mean_ms, row.std_ms) + marks(row)
-
-
-def _name(row: pd.Series) -> str:
-    return f"{row['variant']}, {_case_name(row)}"
 
 
 def _case_name(row: pd.Series) -> str:
