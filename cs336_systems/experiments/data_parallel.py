@@ -22,11 +22,11 @@ from cs336_systems.bench import grid as grids
 from cs336_systems.bench.allocator import available_bytes
 from cs336_systems.bench.machine import resolve_device
 from cs336_systems.bench.records import Measurement, Record, Store
-from cs336_systems.bench.report import bytes_in_words
+from cs336_systems.bench.report import bytes_in_words, plural
 from cs336_systems.bench.sweep import OnPart, OutOfMemory
 from cs336_systems.bench.timing import describe
 from cs336_systems.distributed.launch import RankFailed, launch
-from cs336_systems.distributed.variants import NAMES, WITH_BUCKETS, load_ddp
+from cs336_systems.distributed.variants import NAMES, WITH_BUCKETS, check_name, load_ddp
 from cs336_systems.errors import UserError
 from cs336_systems.experiments import data_parallel_ranks
 from cs336_systems.experiments.data_parallel_ranks import ALONE, AT_ONCE, ONE_NUMBER, TIMES, variant_name
@@ -65,12 +65,15 @@ class Case(StepConfig):
         object.__setattr__(self, "wrappers", tuple(self.wrappers))
         object.__setattr__(self, "buckets_mb", tuple(self.buckets_mb))
         for name in self.wrappers:
-            load_ddp(name)
+            check_name(name)
         if not self.wrappers:
             raise UserError(f"wrappers is empty: name one or more of {', '.join(NAMES)}, or module:Class")
         for size in self.buckets_mb:
             if not isinstance(size, (int, float)) or isinstance(size, bool) or not 0 < size < math.inf:
                 raise UserError(f"a bucket must be larger than 0 MB, found {size!r}")
+        without = {*self.wrappers} - {name for name, _ in self.variants}
+        if without:
+            raise UserError(f"buckets_mb is empty: {' and '.join(without)} needs the size of a bucket in MB")
         if self.batch_size % self.world_size:
             raise UserError(
                 f"a batch of {self.batch_size} cannot be divided among {self.world_size} ranks: "
@@ -196,6 +199,8 @@ def measure(case: Case, on_part: OnPart) -> Measurement:
         UserError: more ranks than GPUs, or a wrapper that cannot be made.
     """
     require_memory(case)
+    for name in case.wrappers:
+        load_ddp(name)  # the ranks take over what makes it importable
     steps = (2 + len(case.variants)) * (case.warmup + case.rounds) + 2 * len(case.variants)
     done = 0
 
@@ -244,8 +249,8 @@ def require_memory(case: Case) -> None:
     available = available_bytes(case.device)
     if needed > available:
         raise OutOfMemory(
-            f"weights, gradients, optimizer state and the gradients on their way of {sharing} ranks need at least "
-            f"{bytes_in_words(needed)}, and {bytes_in_words(available)} are available: take a smaller size"
+            f"weights, gradients, optimizer state and the gradients on their way of {plural(sharing, 'rank')} need at "
+            f"least {bytes_in_words(needed)}, and {bytes_in_words(available)} are available: take a smaller size"
         )
 
 

@@ -159,6 +159,8 @@ def overhead_figure(summary: pd.DataFrame) -> Picture | Finding:
     if not len(summary):
         return Finding("No data-parallel step was measured.")
     rows = summary[summary["wrapper"].isin(["bucketed", "torch"])]
+    if not len(rows):
+        return Finding("No wrapper with buckets was chosen.")
     return Picture(f"Overhead by size of bucket; {caption(summary)}", partial(_draw_overhead, rows))
 
 
@@ -167,10 +169,12 @@ def _draw_overhead(rows: pd.DataFrame) -> Figure:
 
     cases = _panels(rows)
     with figure_style():
-        drawing = Figure(figsize=(6.0, 3.2 * max(1, len(cases))))
-        for panel, case in zip(drawing.subplots(max(1, len(cases)), squeeze=False)[:, 0], cases, strict=False):
+        drawing = Figure(figsize=(6.0, 3.2 * len(cases)))
+        for panel, case in zip(drawing.subplots(len(cases), squeeze=False)[:, 0], cases, strict=True):
             for place, (wrapper, label) in enumerate({"bucketed": "ours", "torch": "PyTorch's"}.items()):
                 own = case[case["wrapper"] == wrapper].sort_values("bucket_mb")
+                if not len(own):
+                    continue
                 panel.plot(
                     own["bucket_mb"],
                     own["exposed_ms"],
@@ -196,25 +200,32 @@ def _draw_overhead(rows: pd.DataFrame) -> Figure:
 
 
 def timeline(summary: pd.DataFrame) -> Picture | Finding:
-    """When each rank computed and communicated, by wrapper."""
+    """When each rank computed and communicated, by wrapper.
+
+    Of several cases the first, of buckets those nearest to PyTorch's size; PyTorch's own only where no other is there.
+    """
     if not len(summary):
         return Finding("No data-parallel step was measured.")
-    largest = summary.loc[summary["wrapper"] == "bucketed", "bucket_mb"].max()
-    shown = summary["wrapper"].isin([*AFTER, "overlapped"]) | (
-        (summary["wrapper"] == "bucketed") & ((summary["bucket_mb"] == COMPARED_MB) | (largest < COMPARED_MB))
-    )
-    return Picture(f"One step of every rank, recorded; {caption(summary)}", partial(_draw_timeline, summary[shown]))
+    cases = _panels(summary)
+    rows = cases[0]
+    which = f" of {_case_name(rows.iloc[0])}" if len(cases) > 1 else ""
+    buckets = rows.loc[rows["wrapper"] == "bucketed", "bucket_mb"]
+    is_shown = (rows["wrapper"] != ALONE) & ~rows.index.isin(buckets.index)
+    if len(buckets):
+        is_shown[(buckets - COMPARED_MB).abs().idxmin()] = True
+    others = is_shown & (rows["wrapper"] != "torch")
+    shown = rows[others if others.any() else is_shown]
+    return Picture(f"One step of every rank{which}, recorded; {caption(summary)}", partial(_draw_timeline, shown))
 
 
 def _draw_timeline(rows: pd.DataFrame) -> Figure:
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    rows = rows[rows["case"] == rows["case"].iloc[0]] if len(rows) else rows
     with figure_style():
-        drawing = Figure(figsize=(7.5, 0.8 + 0.95 * max(1, len(rows))))
-        panels = drawing.subplots(max(1, len(rows)), sharex=True, squeeze=False)[:, 0]
-        for panel, (_, row) in zip(panels, rows.iterrows(), strict=False):
+        drawing = Figure(figsize=(7.5, 0.8 + 0.95 * len(rows)))
+        panels = drawing.subplots(len(rows), sharex=True, squeeze=False)[:, 0]
+        for panel, (_, row) in zip(panels, rows.iterrows(), strict=True):
             ranks = row["recorded"]
             for rank, spans in enumerate(ranks):
                 for offset, (name, colour) in enumerate(_LANES.items()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,7 +38,7 @@ def moments(spans: Sequence[Span]) -> set[int]:
 
 
 def is_in_order(spans: Sequence[Span]) -> bool:
-    return all(one[1] < other[0] for one, other in zip(spans, spans[1:], strict=False))
+    return all(one[1] < other[0] for one, other in itertools.pairwise(spans))
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -62,7 +63,7 @@ def test_spans_that_are_close_are_one_and_no_gap_that_is_left_is_small(seed: int
         spans = random_spans(numbers)
         found = merged(spans, gap)
         assert moments(spans) <= moments(found)
-        assert all(other[0] - one[1] > gap for one, other in zip(found, found[1:], strict=False))
+        assert all(other[0] - one[1] > gap for one, other in itertools.pairwise(found))
         assert length_of(found) <= length_of(merged(spans)) + gap * len(spans)
 
 
