@@ -441,3 +441,28 @@ def test_two_cases_stay_apart_and_stale_records_are_marked() -> None:
     rows = summary(*records, fingerprint={**FINGERPRINT, "torch": "3.0"})
     assert rows.groupby("case")["world_size"].nunique().tolist() == [1, 1]
     assert all("torch" in text for text in rows["stale"])
+
+
+# Right gradients ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.distributed
+def test_averaged_gradients_are_those_of_one_process_to_rounding_and_the_same_bits_on_all_ranks() -> None:
+    _, measurement, _ = measured()
+    checked = measurement.values["checked"]
+    assert set(checked) == set(measurement.values["ranks"][0]["recorded"])
+    assert all(each["ranks_equal"] and each["same_parameters"] for each in checked.values())
+    eps = torch.finfo(torch.float32).eps
+    assert 0 < max(each["relative_error"] for each in checked.values()) < 10 * eps
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("wrong", ["NoAverage", "AnotherBit"])
+def test_a_wrapper_whose_gradients_are_wrong_is_found_out(wrong: str) -> None:
+    name = f"wrong_wrappers:{wrong}"
+    case = narrow_case(wrappers=("naive", name), warmup=0, rounds=1)
+    checked = data_parallel.measure(case, lambda _: None).values["checked"]
+    assert not checked[name]["ranks_equal"]
+    assert checked["naive"]["ranks_equal"]
+    eps = torch.finfo(torch.float32).eps
+    assert (checked[name]["relative_error"] > 1e3 * eps) == (wrong == "NoAverage")
