@@ -189,7 +189,7 @@ def _draw_overhead(rows: pd.DataFrame) -> Figure:
                 sizes = np.geomspace(0.3, max(1.0, first["gradient_bytes"] / BYTES_PER_MB), 100)
                 total = first["gradient_bytes"]
                 modelled = [1e3 * cost.overlapped_s(total, max(1.0, total / (size * BYTES_PER_MB))) for size in sizes]
-                panel.plot(sizes, modelled, color=BOUND, linestyle="--", label="model")
+                panel.plot(sizes, modelled, color=BOUND, marker="", linestyle="--", label="model")
                 best = cost.best_bucket_bytes(total)
                 least_ms = 1e3 * cost.overlapped_s(total, total / best)
                 panel.plot([best / BYTES_PER_MB], [least_ms], color=BOUND, marker="*", markersize=11, linestyle="none",
