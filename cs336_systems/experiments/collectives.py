@@ -228,8 +228,8 @@ def require_memory(case: Case) -> None:
 def measure(case: Case, on_part: OnPart) -> Measurement:
     """Launch the ranks, and time everything in `warmup` + `rounds` rounds.
 
-    Samples: `<name> ms`, of each measured round the slowest rank's, by operation and message. Values: by operation its
-    status; `ranks_ms` by name every rank's own times, as far as it takes part; `cores` that the ranks had.
+    Samples: `<operation> ms`, of each measured round the slowest rank's. Values: by operation its status; `ranks_ms` by
+    operation and message every rank's own times, as far as it takes part; `cores` that the ranks had.
 
     Raises:
         OutOfMemory: the arrays do not fit, or the system killed a rank.
@@ -290,7 +290,9 @@ class Rounds:
     def measurement(self) -> Measurement:
         """What a record keeps."""
         ranks_ms = self.ranks_ms()
-        slowest = {f"{name} ms": [max(times) for times in zip(*ranks, strict=True)] for name, ranks in ranks_ms.items()}
+        slowest = {
+            f"{name} ms": slowest_of(ranks) for name, ranks in ranks_ms.items() if name not in self._case.messages
+        }
         values: dict[str, Any] = {
             name: {
                 "status": "skipped" if name in self._skipped else "ok",
@@ -467,7 +469,7 @@ def times_of(ranks_ms: Sequence[Sequence[float]]) -> dict[str, float]:
     if not ranks_ms:
         return dict.fromkeys(("mean_ms", "std_ms", "slowest_ms", "slowest_std_ms"), math.nan)
     means = [statistics.fmean(times) for times in ranks_ms]
-    slowest = [max(times) for times in zip(*ranks_ms, strict=True)]
+    slowest = slowest_of(ranks_ms)
     return {
         "mean_ms": statistics.fmean(means),
         "std_ms": statistics.stdev(means),
@@ -476,13 +478,18 @@ def times_of(ranks_ms: Sequence[Sequence[float]]) -> dict[str, float]:
     }
 
 
+def slowest_of(ranks_ms: Sequence[Sequence[float]]) -> list[float]:
+    """Of each round the slowest rank's time."""
+    return [max(times) for times in zip(*ranks_ms, strict=True)]
+
+
 def links_of(record: Record, case: Case) -> dict[str, float]:
     """Bytes per second that a rank sends in each message, at the fastest that any round had."""
     found = {}
     for name, column in LINKS.items():
-        times = record.measurement.samples.get(f"{name} ms")
+        ranks_ms = record.measurement.values.get("ranks_ms", {}).get(name)
         size = case.array_bytes if name == ALL_WHOLE else case.array_bytes / case.world_size
-        found[column] = 1e3 * size / min(times) if times else math.nan
+        found[column] = 1e3 * size / min(slowest_of(ranks_ms)) if ranks_ms else math.nan
     return found
 
 

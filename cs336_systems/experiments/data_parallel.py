@@ -29,7 +29,7 @@ from cs336_systems.distributed.launch import RankFailed, launch
 from cs336_systems.distributed.variants import NAMES, WITH_BUCKETS, check_name, load_ddp
 from cs336_systems.errors import UserError
 from cs336_systems.experiments import data_parallel_ranks
-from cs336_systems.experiments.data_parallel_ranks import ALONE, AT_ONCE, ONE_NUMBER, TIMES, variant_name
+from cs336_systems.experiments.data_parallel_ranks import ALONE, AT_ONCE, ONE_NUMBER, STEP, TIMES, variant_name
 from cs336_systems.experiments.transformer_step import bound_ms
 from cs336_systems.model import SIZES, model_size
 from cs336_systems.object_reference import is_object_reference
@@ -192,7 +192,8 @@ def grid(
 
 
 def measure(case: Case, on_part: OnPart) -> Measurement:
-    """Samples: `<variant> <time>`, each step's of the slowest rank. Values: by rank all times, and what was recorded.
+    """Samples: `<variant> step_ms`, of the slowest rank. Values: `parts_ms`, what its steps are made of and reductions
+    alone; by rank all times, and what was recorded; how gradients compare with those of one process.
 
     Raises:
         OutOfMemory: weights, gradients and optimizer state of all ranks exceed what is available, or a rank was killed.
@@ -217,24 +218,27 @@ def measure(case: Case, on_part: OnPart) -> Measurement:
         if error.signal_name == "SIGKILL":
             raise OutOfMemory(str(error)) from error
         raise
-    samples = {
-        f"{name} {time_name}": [
-            max(taken) for taken in zip(*(each["times"][name][time_name] for each in ranks), strict=True)
-        ]
+    times = {
+        f"{name} {part}": _slowest([each["times"][name][part] for each in ranks])
         for name in ranks[0]["times"]
-        for time_name in TIMES
+        for part in TIMES
     }
-    for way in (ONE_NUMBER, AT_ONCE):
-        samples[f"{way} ms"] = [
-            max(taken) for taken in zip(*(each["reductions_ms"][way] for each in ranks), strict=True)
-        ]
+    samples = {name: taken for name, taken in times.items() if name.endswith(STEP)}
+    parts = {name: taken for name, taken in times.items() if name not in samples}
+    parts |= {f"{way} ms": _slowest([each["reductions_ms"][way] for each in ranks]) for way in (ONE_NUMBER, AT_ONCE)}
     values = {
         "checked": ranks[0]["checked"],
         "gradient_bytes": ranks[0]["gradient_bytes"],
         "gradients": ranks[0]["gradients"],
+        "parts_ms": parts,
         "ranks": [{"times": each["times"], "recorded": each["recorded"]} for each in ranks],
     }
     return Measurement(samples=samples, values=values)
+
+
+def _slowest(ranks: Sequence[Sequence[float]]) -> list[float]:
+    """Of each round the slowest rank's time."""
+    return [max(taken) for taken in zip(*ranks, strict=True)]
 
 
 def require_memory(case: Case) -> None:
@@ -304,9 +308,9 @@ def summarise(
     rows = []
     for record in records:
         case = Case(**record.case)
-        values, samples = record.measurement.values, record.measurement.samples
+        values, times = record.measurement.values, times_of(record)
         cost = fitted_cost(record)
-        alone = _mean(samples, ALONE, "gradients_ms")
+        alone = _mean(times, ALONE, "gradients_ms")
         shared = {
             "size": case.size,
             **{name: value for name, value in record.case.items() if name not in ("wrappers", "buckets_mb")},
@@ -320,8 +324,8 @@ def summarise(
         }
         for wrapper, size in ((ALONE, None), *case.variants):
             name = variant_name(wrapper, size)
-            statistics = describe(steps) if (steps := samples.get(f"{name} step_ms")) else None
-            exposed = _mean(samples, name, "gradients_ms") - alone if wrapper != ALONE else math.nan
+            statistics = describe(steps) if (steps := times.get(f"{name} {STEP}")) else None
+            exposed = _mean(times, name, "gradients_ms") - alone if wrapper != ALONE else math.nan
             mean = statistics.mean if statistics else math.nan
             calls = _over_ranks(values, name, "calls")
             rows.append(
@@ -333,7 +337,7 @@ def summarise(
                     "mean_ms": mean,
                     "std_ms": statistics.std if statistics else math.nan,
                     "median_ms": statistics.median if statistics else math.nan,
-                    "finish_ms": _mean(samples, name, "finish_ms") if wrapper != ALONE else math.nan,
+                    "finish_ms": _mean(times, name, "finish_ms") if wrapper != ALONE else math.nan,
                     "exposed_ms": exposed,
                     "exposed_share": exposed / mean,
                     "calls": calls,
@@ -348,8 +352,13 @@ def summarise(
     return pd.DataFrame(rows)
 
 
-def _mean(samples: Mapping[str, Sequence[float]], name: str, time_name: str) -> float:
-    taken = samples.get(f"{name} {time_name}")
+def times_of(record: Record) -> dict[str, list[float]]:
+    """Steps and their parts of the slowest rank, and the reductions alone, by name."""
+    return {**record.measurement.samples, **record.measurement.values.get("parts_ms", {})}
+
+
+def _mean(times: Mapping[str, Sequence[float]], name: str, part: str) -> float:
+    taken = times.get(f"{name} {part}")
     return describe(taken).mean if taken else math.nan
 
 
@@ -380,8 +389,8 @@ def fitted_cost(record: Record) -> CallCost | None:
     """What a call costs, from the reductions with nothing beside them; None where nothing follows."""
     if record.status != "ok":
         return None
-    samples, values = record.measurement.samples, record.measurement.values
-    few_s, many_s = (describe(samples[f"{way} ms"]).median / 1e3 for way in (ONE_NUMBER, AT_ONCE))
+    times, values = times_of(record), record.measurement.values
+    few_s, many_s = (describe(times[f"{way} ms"]).median / 1e3 for way in (ONE_NUMBER, AT_ONCE))
     return call_cost(torch.float32.itemsize, few_s, values["gradient_bytes"], many_s)
 
 

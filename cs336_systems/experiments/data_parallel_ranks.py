@@ -40,7 +40,8 @@ SHOWN_GAP_MS = 0.5
 ONE_NUMBER, AT_ONCE = "one number", "all gradients"
 """The two reductions, with nothing beside them, from which the price of a call and its bandwidth follow."""
 CALLS_OF_ONE_NUMBER = 20
-TIMES = ("step_ms", "gradients_ms", "finish_ms")
+STEP = "step_ms"
+TIMES = (STEP, "gradients_ms", "finish_ms")
 """Of a step: the whole, until the gradients are there, and what of that comes after backward."""
 
 

@@ -64,8 +64,8 @@ def table(summary: pd.DataFrame) -> Table:
     """Every operation, size and number of ranks, beside the ring's bound and what was published."""
     columns = [
         *_identity(),
-        Column("mean (ms)", _measured),
-        Column("slowest (ms)", lambda row: number(row.slowest_ms)),
+        Column("mean ± std (ms)", _measured),
+        Column("between ranks (ms)", lambda row: number(row.std_ms, 2)),
         Column("size / time (GB/s)", lambda row: number(row.algorithm_bytes_per_s / GB)),
         Column("bus (GB/s)", lambda row: number(row.bus_bytes_per_s / GB)),
         Column("bound (ms)", lambda row: number(row.bound_ms)),
@@ -73,10 +73,10 @@ def table(summary: pd.DataFrame) -> Table:
         Column(f"published, {PublishedAllReduce.HARDWARE} (ms)", lambda row: number(row.published_ms)),
     ]
     note = (
-        "Mean and deviation over the ranks' own means; slowest is the mean over the rounds of the rank that took "
-        "longest, and what bandwidths and the share reached are of. Bus is size / time multiplied by the bytes that a "
-        "rank must send at least per byte of the array. Bound is those bytes at the bandwidth of two neighbours alone, "
-        "the best of the same rounds."
+        "Times are of the rank that took longest in each round, mean and deviation over the rounds; between ranks is "
+        "the deviation of the ranks' own means. Bus is size / time multiplied by the bytes that a rank must send at "
+        "least per byte of the array. Bound is those bytes at the bandwidth of two neighbours alone, the best of the "
+        "same rounds."
     )
     notes = [note, *notes_below(summary)] if len(summary) else []
     return Table.of(summary, columns, caption=caption(summary), notes=notes)
@@ -155,7 +155,7 @@ def _identity() -> list[Column]:
 def _measured(row: Any) -> str:
     if row.status != "ok":
         return str(row.status)
-    return with_deviation(row.mean_ms, row.std_ms) + marks(row)
+    return with_deviation(row.slowest_ms, row.slowest_std_ms) + marks(row)
 
 
 def caption(summary: pd.DataFrame) -> str:

@@ -225,14 +225,16 @@ def test_every_variant_has_its_samples_and_each_is_of_the_slowest_rank() -> None
     case, measurement, _ = measured()
     names = [ALONE, *(variant_name(*variant) for variant in case.variants)]
     expected = {f"{name} {time}" for name in names for time in TIMES} | {f"{ONE_NUMBER} ms", f"{AT_ONCE} ms"}
-    assert measurement.samples.keys() == expected
-    assert {len(taken) for taken in measurement.samples.values()} == {case.rounds}
-    assert all(value > 0 for name in names for value in measurement.samples[f"{name} step_ms"])
+    times = {**measurement.samples, **measurement.values["parts_ms"]}
+    assert times.keys() == expected
+    assert measurement.samples.keys() == {f"{name} step_ms" for name in names}
+    assert {len(taken) for taken in times.values()} == {case.rounds}
+    assert all(value > 0 for name in names for value in times[f"{name} step_ms"])
     for name in names:
         for time in TIMES:
             ranks = [rank["times"][name][time] for rank in measurement.values["ranks"]]
-            assert measurement.samples[f"{name} {time}"] == [max(taken) for taken in zip(*ranks, strict=True)]
-        steps, gradients, finish = (measurement.samples[f"{name} {time}"] for time in TIMES)
+            assert times[f"{name} {time}"] == [max(taken) for taken in zip(*ranks, strict=True)]
+        steps, gradients, finish = (times[f"{name} {time}"] for time in TIMES)
         assert all(a >= b >= c for a, b, c in zip(steps, gradients, finish, strict=True))
     assert json.loads(json.dumps(measurement.values)) == measurement.values
 
@@ -367,7 +369,7 @@ def by_variant(*records: Any) -> pd.DataFrame:
 def test_what_is_exposed_is_the_difference_of_the_means() -> None:
     case = case_of()
     record = record_for(case, exposed_ms={"naive": 42.0, "flat": -3.0})
-    rows, samples = by_variant(record), record.measurement.samples
+    rows, samples = by_variant(record), data_parallel.times_of(record)
     for name in rows.index.drop(ALONE):
         means = [
             sum(taken) / len(taken) for taken in (samples[f"{name} gradients_ms"], samples[f"{ALONE} gradients_ms"])

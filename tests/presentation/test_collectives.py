@@ -135,7 +135,7 @@ def test_cases_that_the_machine_has_no_gpus_for_are_told_and_nothing_is_said_of_
         record.measurement.values.clear()
         records.append(record)
     rows = summary(store, *records)
-    assert set(cells(presentation.table(rows), "mean (ms)")) == {"skipped"}
+    assert set(cells(presentation.table(rows), "mean ± std (ms)")) == {"skipped"}
     assert "2 ranks, and the machine has 1" in " ".join(presentation.table(rows).notes)
     assert "No case can be measured on this machine" in said(rows)
     assert presentation.figure(rows).draw().axes  # type: ignore[union-attr]

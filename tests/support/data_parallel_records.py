@@ -12,7 +12,7 @@ from profile_records import record_of
 from cs336_systems.analysis.bucketing import CallCost
 from cs336_systems.bench.records import Measurement, Record
 from cs336_systems.experiments.data_parallel import BYTES_PER_MB, Case
-from cs336_systems.experiments.data_parallel_ranks import ALONE, AT_ONCE, ONE_NUMBER, variant_name
+from cs336_systems.experiments.data_parallel_ranks import ALONE, AT_ONCE, ONE_NUMBER, STEP, variant_name
 from cs336_systems.model import TransformerConfig, model_size
 
 NARROW = TransformerConfig(d_model=16, d_ff=32, num_layers=1, num_heads=2, vocab_size=50, context_length=8)
@@ -64,14 +64,16 @@ def record_for(
         }
     few_s, many_s = (1e-3, 1e-3) if cost is None else (cost.in_turn_s(4, 1), cost.in_turn_s(GRADIENT_BYTES, 1))
     samples |= {f"{ONE_NUMBER} ms": [1e3 * few_s], f"{AT_ONCE} ms": [1e3 * many_s]}
+    steps = {name: taken for name, taken in samples.items() if name.endswith(STEP)}
     right = {"relative_error": 1e-7, "same_parameters": True, "ranks_equal": True}
     values = {
+        "parts_ms": {name: taken for name, taken in samples.items() if name not in steps},
         "checked": dict.fromkeys(recorded, right),
         "gradient_bytes": GRADIENT_BYTES,
         "gradients": GRADIENTS,
         "ranks": [{"times": {}, "recorded": recorded}] * case.world_size,
     }
-    return record_of("data_parallel", case, Measurement(samples, values), **changes)
+    return record_of("data_parallel", case, Measurement(steps, values), **changes)
 
 
 def _times(name: str, exposed_ms: float) -> dict[str, list[float]]:
