@@ -547,3 +547,11 @@ def test_something_that_is_no_wrapper_is_told(write_module: Callable[[str], str]
         load_ddp(f"{module}:number")
     with pytest.raises(UserError, match=r"must give a torch\.nn\.Module with finish_gradient_synchronization"):
         wrap(f"{module}:same", nn.Linear(2, 2))
+
+
+@pytest.mark.gpu
+def test_over_nccl_gradients_are_those_without_a_wrapper() -> None:
+    names = ("naive", "flat", "overlapped", "bucketed")
+    ranks = launch(workers.averages_on_a_gpu, names, world_size=torch.cuda.device_count(), backend="nccl")
+    for found in ranks:
+        assert max(found.values()) < 10 * torch.finfo(torch.float32).eps

@@ -60,6 +60,15 @@ def test_ranks_are_processes_of_one_thread_that_listen_on_the_loopback_interface
     assert any(each["listening"] for each in found), "the ranks meet by listening, here and nowhere else"
 
 
+@pytest.mark.gpu
+def test_over_nccl_each_rank_has_a_gpu_of_its_own() -> None:
+    ranks = torch.cuda.device_count()
+    found = launch(workers.described, world_size=ranks, backend="nccl")
+    assert [each["device"] for each in found] == [f"cuda:{rank}" for rank in range(ranks)]
+    assert {each["backend"] for each in found} == {("nccl", "nccl")}
+    assert launch(workers.summed, 0.5, world_size=ranks, backend="nccl") == [sum(range(1, ranks + 1)) / 2] * ranks
+
+
 def test_threads_per_rank_are_as_many_as_asked_for_and_the_parents_stay() -> None:
     before = torch.get_num_threads()
     assert [each["threads"] for each in launch(workers.described, world_size=2, threads=2)] == [2, 2]

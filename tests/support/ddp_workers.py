@@ -556,3 +556,22 @@ def leave(_: Rank, name: str, bucket_size_mb: float | None) -> tuple[list[tuple]
         nothing(torch.randn(2, 3))
         nothing.finish_gradient_synchronization()
     return events, names, sum(len(bucket) for bucket in nothing.buckets)
+
+
+def averages_on_a_gpu(rank: Rank, names: tuple[str, ...]) -> dict[str, float]:
+    """With the same input on every rank, by how much each wrapper's gradients differ from those without any."""
+    x = torch.randn(BATCH, FEATURES, generator=torch.Generator().manual_seed(0)).to(rank.device)
+    alone = toy(seed=0).to(rank.device)
+    alone(x).square().sum().backward()
+    found = {}
+    for name in names:
+        wrapped: Any = wrap(name, toy(seed=0).to(rank.device), BUCKET_MB if name == "bucketed" else None)
+        wrapped(x).square().sum().backward()
+        wrapped.finish_gradient_synchronization()
+        pairs = zip(wrapped.parameters(), alone.parameters(), strict=True)
+        grads = [
+            (ours.grad, theirs.grad) for ours, theirs in pairs if ours.grad is not None and theirs.grad is not None
+        ]
+        assert grads
+        found[name] = max(float((ours - theirs).abs().max() / theirs.abs().max()) for ours, theirs in grads)
+    return found

@@ -22,7 +22,7 @@ LONG_S = 600
 
 def summed(rank: Rank, value: float) -> float:
     """The sum of everyone's `value` times rank plus one."""
-    x = torch.tensor([value * (rank.rank + 1)], dtype=torch.float64)
+    x = torch.tensor([value * (rank.rank + 1)], dtype=torch.float64, device=rank.device)
     dist.all_reduce(x)
     return float(x)
 
