@@ -560,7 +560,7 @@ def leave(_: Rank, name: str, bucket_size_mb: float | None) -> tuple[list[tuple]
 
 def averages_on_a_gpu(rank: Rank, names: tuple[str, ...]) -> dict[str, float]:
     """With the same input on every rank, by how much each wrapper's gradients differ from those without any."""
-    x = torch.randn(BATCH, FEATURES, generator=torch.Generator().manual_seed(0)).to(rank.device)
+    x = torch.randn(BATCH, FEATURES, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(rank.device)
     alone = toy(seed=0).to(rank.device)
     alone(x).square().sum().backward()
     found = {}
