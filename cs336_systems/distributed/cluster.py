@@ -5,7 +5,11 @@
 Every rank runs the same command. Rank 0 leads: it alone lays out grids, keeps records and prints; wherever it launches
 a job, it puts the job where all ranks meet and takes its own part in it. The others follow: they wait for jobs, do
 their part, and end when the leader says so. A job of fewer ranks than there are leaves the last ones waiting for the
-next. Who starts the ranks also ends them: where one fails, `torchrun` and `srun --kill-on-bad-exit` end the others.
+next.
+
+Who starts the ranks also ends them: where one fails, `torchrun` and `srun --kill-on-bad-exit` end the others. Nobody
+sees a rank's signs of life, so that a collective waits no longer than the job's timeout. What the leader reports
+arrives at once, what the others report when the job ends, or has failed for the leader.
 
 Source: the environment variables of PyTorch's torchrun (docs: "Torch Distributed Elastic", environment variables) and
 of Slurm's srun.
@@ -19,6 +23,8 @@ import datetime
 import functools
 import os
 import pickle
+import re
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -33,11 +39,13 @@ _SLURM = {
     "rank": "SLURM_PROCID",
     "world_size": "SLURM_NTASKS",
     "local_rank": "SLURM_LOCALID",
-    "ranks_here": "SLURM_NTASKS_PER_NODE",
+    "ranks_here": "SLURM_STEP_TASKS_PER_NODE",
 }
 _LONGEST_WAIT = datetime.timedelta(days=1)
 """For which a follower waits for the next job: the leader may be measuring something that needs one rank."""
 _STOP = b"stop"
+_STOPPING_S = 10.0
+"""For which the leader waits for followers to hear of it: one that has failed never does."""
 _SERVED = "CS336_STORE_IS_SERVED"
 """Told to the leader's own children, as a notebook's kernel is: the store where all ranks meet is there already."""
 
@@ -63,8 +71,11 @@ def world(environ: Mapping[str, str] = os.environ) -> World | None:
     names = _TORCHRUN if "RANK" in environ else _SLURM
     if "RANK" not in environ and not {"SLURM_PROCID", "MASTER_ADDR"} <= environ.keys():
         return None  # a Slurm job without a place to meet is a batch script's single task
-    defaults = {"ranks_here": environ.get(names["world_size"], ""), "local_rank": "0"}
-    needed = {field: environ.get(name, defaults.get(field, "")) for field, name in names.items()}
+    needed = {field: environ.get(name, "") for field, name in names.items()}
+    if names is _SLURM:
+        needed["ranks_here"] = _tasks_here(needed["ranks_here"], environ.get("SLURM_NODEID", "0"))
+    # One machine, unless told otherwise.
+    needed |= {"ranks_here": needed["ranks_here"] or needed["world_size"], "local_rank": needed["local_rank"] or "0"}
     needed["port"] = environ.get("MASTER_PORT", "")
     for field, value in needed.items():
         if not value.isdigit():
@@ -74,6 +85,13 @@ def world(environ: Mapping[str, str] = os.environ) -> World | None:
     if not address:
         raise UserError("this process was started as one of several ranks, but MASTER_ADDR is not set")
     return World(**{field: int(value) for field, value in needed.items()}, address=address)
+
+
+def _tasks_here(tasks_per_node: str, node: str) -> str:
+    """Of Slurm's `4(x2),3`, four tasks on each of two nodes and three on the next, those on this node."""
+    groups = re.findall(r"(\d+)(?:\(x(\d+)\))?", tasks_per_node)
+    counts = [count for count, times in groups for _ in range(int(times or 1))]
+    return counts[int(node)] if node.isdigit() and int(node) < len(counts) else ""
 
 
 @functools.cache
@@ -103,15 +121,23 @@ def lead(given: World, job: Job, on_report: Callable[[int, Any], object] | None)
     store = _meeting_place(given)
     number = store.add("jobs", 1)
     store.set(f"job {number}", pickle.dumps(job))  # type: ignore[arg-type]
-    _take_part(given, job, number, store)
-    results = []
-    for rank in range(job.world_size):
-        result, reports = pickle.loads(store.get(f"job {number}, result {rank}"))
-        results.append(result)
-        if on_report is not None:
-            for report in reports:
-                on_report(rank, report)
+    take_in = on_report or (lambda _rank, _value: None)
+    taken = dict.fromkeys(range(1, job.world_size), 0)
+    try:
+        results = [_take_part(given, job, number, store, lambda value: take_in(0, value))]
+        for rank in range(1, job.world_size):
+            key = _key(number, "result", rank)
+            store.wait([key], datetime.timedelta(seconds=job.timeout_s))
+            results.append(pickle.loads(store.get(key)))
+    finally:
+        for rank in taken:
+            for report in range(store.add(_key(number, "reports", rank), 0)):
+                take_in(rank, pickle.loads(store.get(_key(number, f"report {report}", rank))))
     return results
+
+
+def _key(number: int, what: str, rank: int) -> str:
+    return f"job {number}, {what} of {rank}"
 
 
 def follow(given: World) -> None:
@@ -121,25 +147,41 @@ def follow(given: World) -> None:
         number += 1
         content = store.get(f"job {number}")
         if content == _STOP:
+            store.add("stopped", 1)
             return
         job: Job = pickle.loads(content)
-        if given.rank < job.world_size:
-            _take_part(given, job, number, store)
+        if given.rank >= job.world_size:
+            continue
+
+        def report(value: Any, number: int = number) -> None:
+            # First the report, then that there is one more.
+            count = store.add(_key(number, "reports", given.rank), 0)
+            store.set(_key(number, f"report {count}", given.rank), pickle.dumps(value))  # type: ignore[arg-type]
+            store.add(_key(number, "reports", given.rank), 1)
+
+        result = _take_part(given, job, number, store, report)
+        store.set(_key(number, "result", given.rank), pickle.dumps(result))  # type: ignore[arg-type]
 
 
-def _take_part(given: World, job: Job, number: int, store: Store) -> None:
-    require_devices(job.backend, min(given.ranks_here, job.world_size))
-    kind = BACKENDS[job.backend]
-    device = torch.device(kind, given.local_rank) if kind == "cuda" else torch.device(kind)
-    reports: list[Any] = []
-
+def _take_part(given: World, job: Job, number: int, store: Store, report: Callable[[Any], object]) -> Any:
     def send(what: str, value: Any) -> None:
         if what == "report":
-            reports.append(value)
+            report(value)
 
+    device = _device(given, job)
     rank = Rank(given.rank, job.world_size, given.local_rank, job.backend, device, send)
-    result = run_job(job, rank, PrefixStore(f"job {number}", store))
-    store.set(f"job {number}, result {given.rank}", pickle.dumps((result, reports)))  # type: ignore[arg-type]
+    return run_job(job, rank, PrefixStore(f"job {number}", store), job.timeout_s)
+
+
+def _device(given: World, job: Job) -> torch.device:
+    """A rank's own; of a rank that is shown a single GPU, as `srun --gpus-per-task=1` does, that one."""
+    kind = BACKENDS[job.backend]
+    if kind == "cpu":
+        return torch.device(kind)
+    if "CUDA_VISIBLE_DEVICES" in os.environ and torch.cuda.device_count() == 1:
+        return torch.device(kind, 0)
+    require_devices(job.backend, min(given.ranks_here, job.world_size))
+    return torch.device(kind, given.local_rank)
 
 
 @contextlib.contextmanager
@@ -160,6 +202,20 @@ def leading_or_following() -> Iterator[bool]:
         os.environ[_SERVED] = "1"
         try:
             yield True
-        finally:
-            del os.environ[_SERVED]
-            store.set(f"job {store.add('jobs', 1)}", _STOP)  # type: ignore[arg-type]
+        except BaseException:
+            _stop(store)
+            raise
+        _stop(store)
+        _wait_for_followers(given, store)
+
+
+def _stop(store: Store) -> None:
+    os.environ.pop(_SERVED, None)
+    store.set(f"job {store.add('jobs', 1)}", _STOP)  # type: ignore[arg-type]
+
+
+def _wait_for_followers(given: World, store: Store) -> None:
+    """Let all have heard that there is no more, since the store may end with this process."""
+    until = time.monotonic() + _STOPPING_S
+    while store.add("stopped", 0) < given.world_size - 1 and time.monotonic() < until:
+        time.sleep(0.02)

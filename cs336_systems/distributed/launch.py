@@ -9,14 +9,15 @@ notebook's cell cannot be found by another process, and a plain fork hangs once 
 On Linux the ranks are forked from a server that has imported PyTorch and computed nothing; elsewhere each imports it
 anew.
 
-On one machine nothing listens beyond the loopback interface: the ranks meet at a file of their own, so that no two
-launches can meet each other, whatever else runs. A rank has one thread on a CPU unless told otherwise, since several
-ranks with all threads each would only wait for one another.
+On one machine the ranks meet at a file of their own, so that no two launches can meet each other, whatever else runs,
+and they communicate over the loopback interface, where the system lets it be named (not on Windows). A rank has one
+thread on a CPU unless told otherwise, since several ranks with all threads each would only wait for one another.
 
-Whatever happens to a rank, the launch ends: one that raises or dies ends it at once; one that says nothing for
-`timeout_s` (60 s by default) counts as hung, and writes where it is before it is ended. `RankFailed` names the rank
-that began it, and its log has that rank's own traceback first. No process is left, and every report that a rank had
-sent has reached `on_report`.
+Whatever happens to a rank, the launch ends. One that raises or dies ends it at once. Where no rank says anything for
+`timeout_s` (60 s by default), all are asked where they are, and those that do not wait for others count as hung.
+`RankFailed` names the rank that began it, and its log has that rank's own traceback first. No process is left, nothing
+that a rank had started either, and every report that a rank had sent has reached `on_report`. (Ranks that torchrun or
+srun started are theirs to end; see `cluster.py` for what holds there.)
 
 Source: CS336 assignment 2 (2025), section 2.1, which starts its ranks with `mp.spawn` on a constant port.
 """
@@ -25,12 +26,16 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import linecache
 import multiprocessing
 import os
 import pickle
+import queue
+import re
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
@@ -47,15 +52,23 @@ from cs336_systems.errors import UserError, first_line
 
 TIMEOUT_S = 60.0
 SETTLING_S = 0.5
-"""How long the other ranks have to tell of their own end once one has failed: some fail for the same reason."""
-SETTLING_SHARE = 0.25
-"""Of the timeout: the same where the first that failed had waited for another, and who that was has yet to be seen."""
+"""How long the other ranks have to tell of their own end once one has failed: some fail for the same reason, and the
+one that began it may be heard of after those that it left waiting."""
+SILENCE_SHARE = 0.95
+"""Of the timeout: how long nothing may be heard, so that the launch has ended when the timeout is over."""
 STACKS_S = 0.5
 """How long a hung rank has to write where it is."""
+JOINING_S = 10.0
+"""How long the system has to take away what was killed; what is stuck in it cannot be waited for."""
+_MAIN_THREAD = "Current thread"
+_PLACE = re.compile(r'^  File "(.*)", line (\d+) in ', re.MULTILINE)
+_LIBRARY = "/torch/distributed/"
+"""In stacks as faulthandler writes them: the main thread last, its innermost call first."""
 MOST_OUTPUT = 20_000
 """Characters of a rank's output that are told, from its end."""
 _PRELOADED = ("torch._dynamo",)
 """What PyTorch imports at the first use of an optimizer or a profiler, for seconds: once for all ranks of all jobs."""
+_GUARD = 'put what it does under `if __name__ == "__main__":`'
 OnReport = Callable[[int, Any], object]
 
 
@@ -83,7 +96,7 @@ def launch(
     Args:
         worker: of a module that can be imported; its first argument is its `Rank`.
         backend: gloo between CPUs, nccl between GPUs.
-        timeout_s: for how long a rank may say nothing (`Rank.alive`, `Rank.report`) before it counts as hung.
+        timeout_s: for how long all ranks may say nothing (`Rank.alive`, `Rank.report`) before some count as hung.
         threads: of each rank, on a CPU.
         on_report: called with rank and value as soon as a rank reports something.
 
@@ -92,6 +105,8 @@ def launch(
             arguments that cannot be sent, more NCCL ranks than GPUs.
         RankFailed: a rank raised anything else, died or hung; no rank is left.
     """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise UserError(f"a rank imports the script that started it, which must not start ranks again: {_GUARD}")
     job = Job(*_found_elsewhere(worker), arguments, world_size, backend, timeout_s, threads)
     given = cluster.world()
     if given is not None:
@@ -115,42 +130,57 @@ def _found_elsewhere(worker: Callable[..., Any]) -> tuple[str, str]:
 class _Process:
     """One rank as its parent sees it."""
 
-    def __init__(self, process: BaseProcess, pipe: Connection, output: Path) -> None:
-        self.process, self.pipe, self.output = process, pipe, output
+    def __init__(self, rank: int, process: BaseProcess, pipe: Connection, output: Path) -> None:
+        self.rank, self.process, self.output = rank, process, output
         self.last_sign = time.monotonic()
+        self.has_begun = False
         self.result: Any = None
         self.error: BaseException | None = None
         self.traceback = ""
         self.waited_for_another = False
         self.has_finished = False
-        self.pipe_is_open = True
+        self.has_ended = False
+        """There is nothing more to come from it: only said after all that it had sent was taken in."""
+        self._pipe = pipe
 
     @property
-    def has_ended(self) -> bool:
-        """Whether there is nothing more to come from it."""
-        return self.has_finished or self.error is not None or not self.process.is_alive()
+    def has_failed(self) -> bool:
+        return self.error is not None or (self.has_ended and not self.has_finished)
 
     @property
     def is_at_fault(self) -> bool:
         """Whether it failed by itself, rather than because another did."""
-        return self.has_ended and not self.has_finished and not self.waited_for_another
+        return self.has_failed and not self.waited_for_another
 
-    def read(self) -> tuple[Kind, Any] | None:
-        """The next message that is there as a whole; None if there is none."""
-        try:
-            if not self.pipe_is_open or not self.pipe.poll():
-                return None
-            content = self.pipe.recv_bytes()
-        except (EOFError, OSError):
-            self.pipe_is_open = False
-            return None
-        self.last_sign = time.monotonic()
-        message: tuple[Kind, Any] = pickle.loads(content)
-        return message
+    def pass_on(self, messages: queue.SimpleQueue[tuple[_Process, bytes | None]]) -> None:
+        """Put every message into the queue, and None after the last: on a thread, since a message may come slowly."""
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                if self._pipe not in wait([self._pipe, self.process.sentinel]):
+                    break  # it has ended, and nothing is left in the pipe
+                messages.put((self, self._pipe.recv_bytes()))
+        wait([self.process.sentinel])
+        messages.put((self, None))
+
+    def take_in(self, content: bytes | None, on_report: OnReport) -> None:
+        """Remember what a message says."""
+        if content is None:
+            self.has_ended = True
+            return
+        kind: Kind
+        kind, value = pickle.loads(content)
+        self.last_sign, self.has_begun = time.monotonic(), True
+        if kind == "report":
+            on_report(self.rank, value)
+        elif kind == "result":
+            self.result, self.has_finished = value, True
+        elif kind == "error":
+            self.error, self.traceback = value["error"], value["traceback"]
+            self.waited_for_another = value["is_of_communication"]
 
     def write_stacks(self) -> None:
         """Have it write where it is, if it still can."""
-        if STACKS_SIGNAL is not None and self.process.pid is not None and self.process.is_alive():
+        if STACKS_SIGNAL is not None and self.process.pid is not None and not self.has_ended:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.process.pid, STACKS_SIGNAL)
 
@@ -162,13 +192,32 @@ class _Process:
             return ""
         return text if len(text) <= MOST_OUTPUT else f"…{text[-MOST_OUTPUT:]}"
 
+    def waits_for_others(self) -> bool:
+        """Whether, by the stacks that it wrote, it waits for other ranks or for its GPU."""
+        places = _PLACE.findall(self.told().rpartition(_MAIN_THREAD)[2])
+        if not places:
+            return False
+        file, line = places[0]
+        calls = linecache.getline(file, int(line))
+        return _LIBRARY in Path(file).as_posix() or any(each in calls for each in (".wait(", "synchronize("))
+
     def end(self) -> None:
-        """Kill it and what it has started."""
-        with contextlib.suppress(psutil.Error):
-            for each in psutil.Process(self.process.pid).children(recursive=True):
+        """Kill it and all that it has started."""
+        pid = self.process.pid
+        if pid is None:
+            return
+        if hasattr(os, "killpg"):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(pid, signal.SIGKILL)  # a rank leads a group of its own, which may outlive it
+        elif self.process.is_alive():
+            for each in psutil.Process(pid).children(recursive=True):
                 with contextlib.suppress(psutil.Error):
                     each.kill()
-        self.process.kill()
+        self.process.kill()  # before it leads a group, or on a system without
+
+    def close(self) -> None:
+        self.process.join(JOINING_S)
+        self._pipe.close()
 
 
 class _Ranks:
@@ -178,6 +227,8 @@ class _Ranks:
         self._job, self._on_report = job, on_report
         self._folder = tempfile.TemporaryDirectory(prefix="cs336-ranks-", ignore_cleanup_errors=True)
         self._ranks: list[_Process] = []
+        self._readers: list[threading.Thread] = []
+        self._messages: queue.SimpleQueue[tuple[_Process, bytes | None]] = queue.SimpleQueue()
 
     def __enter__(self) -> _Ranks:
         try:
@@ -192,9 +243,10 @@ class _Ranks:
     ) -> None:
         for each in self._ranks:
             each.end()
+        for reader in self._readers:
+            reader.join(JOINING_S)
         for each in self._ranks:
-            each.process.join()
-            each.pipe.close()
+            each.close()
         self._folder.cleanup()
 
     def _start(self) -> None:
@@ -216,7 +268,9 @@ class _Ranks:
                 process.start()
             finally:
                 writer.close()
-            self._ranks.append(_Process(process, reader, output))
+            self._ranks.append(_Process(rank, process, reader, output))
+            self._readers.append(threading.Thread(target=self._ranks[-1].pass_on, args=[self._messages], daemon=True))
+            self._readers[-1].start()
 
     def results(self) -> list[Any]:
         """Wait for all ranks.
@@ -225,95 +279,85 @@ class _Ranks:
             UserError, RankFailed: see `launch`.
         """
         while not all(each.has_finished for each in self._ranks):
-            self._wait(min(each.last_sign for each in self._running) + self._job.timeout_s)
-            if any(each.has_ended and not each.has_finished for each in self._ranks):
+            silent_at = max(each.last_sign for each in self._ranks) + SILENCE_SHARE * self._job.timeout_s
+            is_silent = not self._read(silent_at)
+            if any(each.has_failed for each in self._ranks):
                 self._settle()
                 self._fail()
-            silent = [each for each in self._running if each.last_sign + self._job.timeout_s <= time.monotonic()]
-            if silent:
-                self._fail(silent)
+            if is_silent:
+                self._fail()
         return [each.result for each in self._ranks]
 
-    @property
-    def _running(self) -> list[_Process]:
-        return [each for each in self._ranks if not each.has_ended]
-
-    def _wait(self, until: float) -> None:
-        """Read what comes next, or nothing until then."""
-        ends = [each.process.sentinel for each in self._running]
-        pipes = [each.pipe for each in self._running if each.pipe_is_open]
-        wait([*ends, *pipes], timeout=max(0.0, until - time.monotonic()))
-        self._read_all()
-
-    def _read_all(self) -> None:
-        for rank, each in enumerate(self._ranks):
-            while (message := each.read()) is not None:
-                kind, value = message
-                if kind == "report":
-                    self._on_report(rank, value)
-                elif kind == "result":
-                    each.result, each.has_finished = value, True
-                elif kind == "error":
-                    each.error, each.traceback = value["error"], value["traceback"]
-                    each.waited_for_another = value["is_of_communication"]
+    def _read(self, until: float) -> bool:
+        """Take in what comes next; False if nothing has come until then."""
+        try:
+            sender, content = self._messages.get(timeout=max(0.0, until - time.monotonic()))
+        except queue.Empty:
+            return False
+        sender.take_in(content, self._on_report)
+        return True
 
     def _settle(self) -> None:
-        """Let the others end as well: until who is at fault is known, and whether others are for the same reason."""
-        began = time.monotonic()
-        while self._running:
-            is_known = any(each.is_at_fault for each in self._ranks)
-            until = began + (SETTLING_S if is_known else self._job.timeout_s * SETTLING_SHARE)
-            if time.monotonic() >= until:
-                break
-            self._wait(until)
+        """Let the others tell of their own end."""
+        until = time.monotonic() + SETTLING_S
+        while not all(each.has_ended for each in self._ranks) and self._read(until):
+            pass
 
-    def _fail(self, silent: list[_Process] | None = None) -> None:
+    def _fail(self) -> None:
         """Raise what the user is to know, once nothing runs any more."""
-        at_fault = [each for each in self._ranks if each.is_at_fault]
-        hung = silent or ([] if at_fault else self._running)
-        for each in hung:
-            each.write_stacks()
-        if hung:
-            time.sleep(STACKS_S)
+        # In the order in which they were heard of: dictionaries and lists keep it, ranks do not.
+        failed = sorted((each for each in self._ranks if each.has_failed), key=lambda each: each.last_sign)
+        at_fault = [each for each in failed if each.is_at_fault] or failed
+        hung = [] if at_fault else self._hung()
+        since_s = time.monotonic() - max(each.last_sign for each in self._ranks)
         for each in self._ranks:
-            if not each.has_ended:
-                each.end()
-        for each in self._ranks:
-            each.process.join()
-        first = (hung or at_fault or [each for each in self._ranks if each.error is not None])[0]
-        sentence, signal_name = self._sentence(first, hung)
-        self._read_all()
+            each.end()
+        while not all(each.has_ended for each in self._ranks) and self._read(time.monotonic() + JOINING_S):
+            pass
+        first = (hung or at_fault)[0]
         if isinstance(first.error, UserError):
             raise first.error
-        rank = self._ranks.index(first)
-        raise RankFailed(sentence, rank=rank, signal_name=signal_name, log=self._log(first)) from first.error
+        sentence, signal_name = self._hanging(hung, since_s) if hung else self._failing(first)
+        raise RankFailed(sentence, rank=first.rank, signal_name=signal_name, log=self._log(first)) from first.error
 
-    def _sentence(self, first: _Process, hung: list[_Process]) -> tuple[str, str | None]:
+    def _hung(self) -> list[_Process]:
+        """Of the ranks at work, those that do not wait for others, by what they write; all where none is such."""
+        running = [each for each in self._ranks if not each.has_ended and not each.has_finished]
+        for each in running:
+            each.write_stacks()
+        time.sleep(STACKS_S)
+        return [each for each in running if not each.waits_for_others()] or running
+
+    def _hanging(self, hung: list[_Process], since_s: float) -> tuple[str, None]:
+        names = " and ".join(str(each.rank) for each in hung)
+        who = f"rank {names} of {self._job.world_size}" if len(hung) == 1 else f"ranks {names}"
+        heard = f"no rank was heard of for {since_s:.0f} s (timeout {self._job.timeout_s:g} s)"
+        return f"{who} hung: {heard}{self._others()}", None
+
+    def _failing(self, first: _Process) -> tuple[str, str | None]:
         """What happened to the rank that began it, and the signal it died of."""
-        rank, signal_name = f"rank {self._ranks.index(first)} of {self._job.world_size}", None
-        code = first.process.exitcode or 0
-        if hung:
-            names = " and ".join(str(self._ranks.index(each)) for each in hung)
-            rank = f"rank {names} of {self._job.world_size}" if len(hung) == 1 else f"ranks {names}"
-            since = max(time.monotonic() - each.last_sign for each in hung)
-            what = f"hung: nothing was heard for {since:.0f} s (timeout {self._job.timeout_s:g} s)"
-        elif first.error is not None:
+        code, signal_name = first.process.exitcode or 0, None
+        if first.error is not None:
             what = f"failed with {first_line(first.error)}"
         elif code < 0:
             signal_name = signal.Signals(-code).name
             often = ", as a system does that runs out of memory" if signal_name == "SIGKILL" else ""
             what = f"was killed by {signal_name}{often}"
+        elif not first.has_begun:
+            what = f"ended with exit status {code} before it began: if it was a script that started it, {_GUARD}"
         else:
             what = f"ended with exit status {code} and without a result"
-        others = "; the others were ended" if self._job.world_size > 1 else ""
-        return f"{rank} {what}{others}", signal_name
+        return f"rank {first.rank} of {self._job.world_size} {what}{self._others()}", signal_name
+
+    def _others(self) -> str:
+        return "; the others were ended" if self._job.world_size > 1 else ""
 
     def _log(self, first: _Process) -> str:
         """What the ranks wrote, that of the first to fail before the others'."""
         parts = []
         for each in sorted(self._ranks, key=lambda each: each is not first):
             text = each.told() or each.traceback.strip()
-            parts.append(f"--- rank {self._ranks.index(each)}\n{text or '(wrote nothing)'}")
+            parts.append(f"--- rank {each.rank}\n{text or '(wrote nothing)'}")
         return "\n".join(parts)
 
 

@@ -6,8 +6,8 @@
         return 0.5                                           # `launch` returns a list of these
 
 The process sends every report through a pipe before it goes on, so that whatever ends the rank later, what it had
-finished is with the parent. It ends when its parent does. Its output goes to a file, and on a signal of the parent it
-writes there what it is doing, which is how a rank that hangs tells where.
+finished is with the parent. It ends when its parent does, unless it is stopped itself. Its output goes to a file, and
+on a signal of the parent it writes there what it is doing, which is how a rank that hangs tells where.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import importlib
 import multiprocessing
 import os
 import pickle
+import re
 import signal
 import sys
 import threading
@@ -37,11 +38,9 @@ from cs336_systems.errors import UserError, unknown_name
 
 BACKENDS = {"gloo": "cpu", "nccl": "cuda"}
 """The kind of device each backend communicates between."""
-WAITING_SHARE = 0.5
-"""Of the time after which a silent rank counts as hung: how long one waits for another in a collective.
-
-Those that wait give up first, so that the one which is left is known to be the one they waited for.
-"""
+PATIENCE_S = 86_400.0
+"""How long a rank waits in a collective where its parent watches over all of them: longer than the parent does."""
+_GLOOS = re.compile(r"gloo/transport/|Gloo connect")
 STACKS_SIGNAL = getattr(signal, "SIGUSR1", None)
 """Has a rank write the stacks of its threads; there is none on Windows."""
 Kind = Literal["sign", "report", "result", "error"]
@@ -65,7 +64,7 @@ class Rank:
         self.send("report", value)
 
     def alive(self) -> None:
-        """Say that this rank is still at work. One that says nothing for the launch's timeout counts as hung."""
+        """Say that work goes on: where no rank says so for the launch's timeout, some count as hung."""
         self.send("sign", None)
 
 
@@ -119,8 +118,14 @@ def require_devices(backend: str, ranks_here: int) -> None:
         raise UserError(f"this PyTorch was built without {backend}")
 
 
-def run_job(job: Job, rank: Rank, store: Store) -> Any:
-    """Run the worker function inside a process group of its own; returns what it returns."""
+def run_job(job: Job, rank: Rank, store: Store, patience_s: float) -> Any:
+    """Run the worker function inside a process group of its own; returns what it returns.
+
+    After an exception the group stays as it is: taking it down would wait for the reductions that are under way.
+
+    Args:
+        patience_s: how long a collective may wait for the other ranks.
+    """
     with contextlib.ExitStack() as stack:
         if rank.device.type == "cpu":
             stack.callback(torch.set_num_threads, torch.get_num_threads())
@@ -132,20 +137,20 @@ def run_job(job: Job, rank: Rank, store: Store) -> Any:
             store=store,
             rank=rank.rank,
             world_size=rank.world_size,
-            timeout=datetime.timedelta(seconds=job.timeout_s * WAITING_SHARE),
+            timeout=datetime.timedelta(seconds=patience_s),
             device_id=rank.device if rank.device.type == "cuda" else None,
         )
-        stack.callback(dist.destroy_process_group)
         rank.alive()
-        return job.worker(rank, *job.arguments)
+        result = job.worker(rank, *job.arguments)
+    dist.destroy_process_group()
+    return result
 
 
 def is_of_communication(error: BaseException) -> bool:
-    """Whether an error says that another rank went away or kept this one waiting: the fault is elsewhere."""
-    if isinstance(error, (dist.DistNetworkError, dist.DistStoreError, dist.DistBackendError)):
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(word in text for word in ("gloo", "nccl", "connection", "timed out"))
+    """Whether an error is of the kind that is raised where another rank went away: the fault may be elsewhere."""
+    of_library = (dist.DistNetworkError, dist.DistStoreError, dist.DistBackendError)
+    # Gloo raises a plain RuntimeError, with the place in its source.
+    return isinstance(error, of_library) or (type(error) is RuntimeError and _GLOOS.search(str(error)) is not None)
 
 
 # The process ------------------------------------------------------------------------------------------------------
@@ -171,14 +176,13 @@ def run_rank(
         this = Rank(rank, job.world_size, rank, job.backend, device, send)
         this.alive()
         store = FileStore(rendezvous, job.world_size)
-        send("result", run_job(job, this, store))
+        send("result", run_job(job, this, store, PATIENCE_S))
     except BaseException as error:
         traceback.print_exc()
         _send_error(send, error)
-        sys.exit(1)
-    finally:
         sys.stdout.flush()
         sys.stderr.flush()
+        os._exit(1)  # a process group is no more taken down
 
 
 def _send_error(send: Callable[[Kind, Any], None], error: BaseException) -> None:
@@ -211,6 +215,8 @@ def _detach(output: str) -> None:
 def _end_with(sentinel: int) -> None:
     """End this process and all that it started as soon as the parent has ended: nobody would read its answer."""
     wait([sentinel])
+    if hasattr(os, "killpg"):
+        os.killpg(0, signal.SIGKILL)
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
             child.kill()

@@ -29,7 +29,8 @@ SLURM = {
     "SLURM_PROCID": "3",
     "SLURM_NTASKS": "4",
     "SLURM_LOCALID": "1",
-    "SLURM_NTASKS_PER_NODE": "2",
+    "SLURM_NODEID": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "1(x1),2,1",
     "MASTER_ADDR": "node",
     "MASTER_PORT": "12",
 }
@@ -55,6 +56,16 @@ def under_torchrun(way: str, environ: dict[str, str]) -> subprocess.CompletedPro
 @pytest.mark.parametrize("variables", [TORCHRUN, SLURM])
 def test_the_variables_of_torchrun_and_of_srun_say_which_rank_this_is(variables: dict[str, str]) -> None:
     assert world(variables) == World(3, 4, 1, 2, "node", 12)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "node", "expected"),
+    [("4(x2)", "1", 4), ("4(x2),3", "2", 3), ("2,1(x10)", "5", 1), ("3", "0", 3), ("", "0", 4), ("3", "7", 4)],
+)
+def test_the_tasks_of_this_node_are_read_as_slurm_writes_them(tasks: str, node: str, expected: int) -> None:
+    found = world({**SLURM, "SLURM_STEP_TASKS_PER_NODE": tasks, "SLURM_NODEID": node})
+    assert found is not None
+    assert found.ranks_here == expected
 
 
 def test_a_process_that_nobody_started_as_a_rank_is_none() -> None:
@@ -132,3 +143,12 @@ def test_sruns_tasks_do_jobs_of_the_leader_and_of_its_children(
         assert [each.returncode for each in tasks] == [0, 0, 0], outputs
     assert [json.loads(line) for line in outputs[0][0].splitlines()] == says
     assert [output for output, _ in outputs[1:]] == ["", ""], "only the leader prints"
+
+
+@pytest.mark.distributed
+def test_what_ranks_reported_before_the_leader_failed_is_there(environ: dict[str, str]) -> None:
+    done = under_torchrun("reports of what failed", environ)
+    assert done.returncode != 0
+    reported = json.loads(done.stdout)
+    assert 0 in reported
+    assert set(reported) <= {0, 1, 2}

@@ -101,6 +101,15 @@ def test_launches_at_the_same_time_do_not_meet() -> None:
     assert found == {value: [3.0 * value] * 2 for value in range(4)}
 
 
+def test_while_one_rank_says_that_it_is_alive_another_may_wait_for_it() -> None:
+    found = launch(workers.working_while_another_waits, 10, SHORT_S / 5, world_size=2, timeout_s=SHORT_S)
+    assert found == ["done"] * 2
+
+
+def test_ranks_may_end_while_the_parent_is_busy_with_what_they_reported() -> None:
+    assert launch(workers.reporting_once, world_size=2, on_report=lambda *_: time.sleep(0.7)) == [0, 1]
+
+
 def test_a_rank_that_says_it_is_alive_may_take_longer_than_the_timeout() -> None:
     assert launch(workers.slow_but_alive, 8, SHORT_S / 6, world_size=2, timeout_s=SHORT_S) == ["done"] * 2
 
@@ -113,8 +122,8 @@ WAYS = {
     "a kill": r"was killed by SIGKILL",
     "leaving": r"ended with exit status 3 and without a result",
     "exiting": r"failed with SystemExit: no more",
-    "hanging": r"hung: nothing was heard for",
-    "stopping": r"hung: nothing was heard for",
+    "hanging": r"hung: no rank was heard of for",
+    "stopping": r"hung: no rank was heard of for",
 }
 
 
@@ -168,16 +177,39 @@ def test_a_report_that_the_parent_cannot_use_ends_the_ranks() -> None:
         launch(workers.reporting_steps_for_ever, world_size=2, on_report=refuse)
 
 
-def test_what_a_rank_has_started_ends_with_it() -> None:
+@pytest.mark.parametrize("way", ["returning", "raising", "a kill", "hanging"])
+def test_what_a_rank_has_started_ends_with_it(way: str) -> None:
     children: list[int] = []
-
-    def remember(_: int, pid: int) -> None:
-        children.append(pid)
-
-    with pytest.raises(RankFailed, match="hung"):
-        launch(workers.with_a_child, world_size=2, timeout_s=SHORT_S, on_report=remember)
+    try:
+        launch(
+            workers.with_a_child, way, world_size=2, timeout_s=SHORT_S, on_report=lambda _, pid: children.append(pid)
+        )
+    except RankFailed:
+        assert way != "returning"
     assert len(children) == 2
     assert wait_until(lambda: not any(map(is_running, children)))
+
+
+def test_an_error_in_words_of_communication_is_still_its_ranks() -> None:
+    with pytest.raises(RankFailed, match=r"^rank 0 of 2 failed with RuntimeError: connection to the database"):
+        launch(workers.refused_elsewhere, world_size=2)
+
+
+def test_what_a_rank_raises_is_told_before_what_it_has_begun_is_over() -> None:
+    began = time.monotonic()
+    with pytest.raises(RankFailed, match=r"^rank 1 of 2 failed with ArithmeticError"):
+        launch(workers.raising_while_reducing, world_size=2)
+    assert time.monotonic() - began < TIMEOUT_S / 2
+
+
+def test_a_rank_that_is_stopped_within_a_message_holds_nobody_up() -> None:
+    with pytest.raises(RankFailed, match="hung"):
+        launch(workers.stopped_within_a_message, world_size=1, timeout_s=SHORT_S)
+
+
+def test_a_rank_that_never_ceases_to_report_hides_no_others_death() -> None:
+    with pytest.raises(RankFailed, match=r"^rank 1 of 2 was killed by SIGKILL"):
+        launch(workers.reporting_while_another_is_killed, world_size=2)
 
 
 def is_running(pid: int) -> bool:
@@ -248,6 +280,23 @@ def test_ranks_end_with_their_parent_however_it_ends(tmp_path: Path, how: signal
     assert parent.returncode != 0
     assert wait_until(lambda: not any(map(is_running, pids)))
     assert ("KeyboardInterrupt" in errors.decode()) == (how == signal.SIGINT)
+
+
+def test_a_script_that_starts_ranks_whenever_it_is_imported_is_told_how_not_to(tmp_path: Path) -> None:
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT.replace('if __name__ == "__main__":', "if True:"))
+    path = os.pathsep.join([str(Path(workers.__file__).parent), os.environ.get("PYTHONPATH", "")])
+    ended = subprocess.run(
+        [sys.executable, str(script), str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode != 0
+    last = ended.stderr[ended.stderr.rindex("RankFailed: ") :].splitlines()[0]
+    assert "before it began" in last
+    assert 'under `if __name__ == "__main__":`' in last
 
 
 # What cannot be ----------------------------------------------------------------------------------------------------

@@ -29,6 +29,12 @@ def main(argv: list[str] | None) -> int:
         elif way == "from a child":  # as a notebook's kernel is one
             for _ in range(2):
                 subprocess.run([sys.executable, __file__, "as a child"], check=True)
+        elif way == "reports of what failed":
+            seen: list[int] = []
+            try:
+                launch(rank_workers.failing, 0, "raising", world_size=3, on_report=lambda rank, _: seen.append(rank))
+            finally:
+                print(json.dumps(sorted(seen)), flush=True)
         elif way == "too many":
             launch(rank_workers.summed, 1.0, world_size=4)
         elif way == "a users mistake":

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -106,11 +107,56 @@ def returning(rank: Rank, way: str) -> Any:
     return (lambda: None) if way == "nothing that can be sent" else torch.arange(250_000.0)
 
 
-def with_a_child(rank: Rank) -> None:
-    """A child process that would outlive its parent; then this rank is killed."""
+def with_a_child(rank: Rank, way: str) -> None:
+    """A child process that would outlive its parent; then this rank ends in some way."""
     child = subprocess.Popen([sys.executable, "-S", "-c", f"import time; time.sleep({LONG_S})"])
     rank.report(child.pid)
-    hanging_here()
+    if way != "returning":
+        end_by(way)
+
+
+def working_while_another_waits(rank: Rank, times: int, pause_s: float) -> str:
+    """One rank works on and says so; the other has nothing to say, since it waits for it."""
+    if rank.rank == 0:
+        slow_but_alive(rank, times, pause_s)
+    dist.barrier()
+    return "done"
+
+
+def refused_elsewhere(rank: Rank) -> None:
+    """An error that has nothing to do with the ranks, in words that might."""
+    if rank.rank == 0:
+        raise RuntimeError("connection to the database refused, timed out")
+    slow_but_alive(rank, LONG_S, 1.0)
+
+
+def raising_while_reducing(rank: Rank) -> None:
+    """A reduction is under way that the other never joins."""
+    if rank.rank == 0:
+        hanging_here()
+    dist.all_reduce(torch.ones(10), async_op=True)
+    raise ArithmeticError("the numbers are wrong")
+
+
+def stopped_within_a_message(rank: Rank) -> None:
+    """Stopped while it sends more than a pipe holds."""
+    threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGSTOP)).start()
+    while True:
+        rank.report(bytes(50_000_000))
+
+
+def reporting_while_another_is_killed(rank: Rank) -> None:
+    """One reports without a pause, the other dies."""
+    if rank.rank == 1:
+        time.sleep(0.2)
+        os.kill(os.getpid(), signal.SIGKILL)
+    while True:
+        rank.report(None)
+
+
+def reporting_once(rank: Rank) -> int:
+    rank.report(None)
+    return rank.rank
 
 
 def telling_a_file(rank: Rank, folder: str) -> None:
