@@ -128,8 +128,7 @@ def _draw(summary: pd.DataFrame) -> Figure:
 
 def findings(summary: pd.DataFrame) -> Findings:
     """What limits the context."""
-    measured = summary[summary["status"] == "ok"] if len(summary) else summary
-    if not len(measured):
+    if not len(summary):
         return Findings([Finding("No longest context was planned: run `python scripts/measure.py longest_context`.")])
     return Findings(
         [

@@ -80,6 +80,11 @@ class Exhibit:
         return f"{self.machine}, {self.evidence.origin}"
 
     @property
+    def is_own(self) -> bool:
+        """Whether these are this checkout's records, not the published."""
+        return self.evidence.origin == "this checkout"
+
+    @property
     def beyond(self) -> int:
         return self.evidence.beyond
 

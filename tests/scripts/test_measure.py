@@ -132,7 +132,7 @@ def test_all_is_everything_the_profile_names_and_the_ceilings_first(
     of_precision += ["autocast_dtypes", "layernorm_precision"]
     of_memory, of_attention = ["memory_profile", "longest_context", "checkpointing"], ["pytorch_attention"]
     names = ["machine_peaks", *of_steps, *of_precision, *of_memory, *of_attention, "model_compile"]
-    names += ["flash_benchmarking"]
+    names += ["flash_benchmarking", "collectives", "data_parallel"]
     assert [name for name, *_ in asked] == names
     assert [{each["device"] for each in grids} for _, grids, _ in asked] == [{"cuda"}] * len(names)
     assert asked[1][1][0]["steps"] == 10

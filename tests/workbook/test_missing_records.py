@@ -124,7 +124,7 @@ def is_statement_of_a_hole(line: str, experiment: str, machine: str) -> bool:
     rest = line.replace(commands[0], "").replace(commands[1], "").replace(machine, "")
     counts = re.findall(r"no record of (\d+) of \d+ cases", rest)
     names = r"context(_length)? \d+|\b(bfloat|float)\d+( products)?|\bd \d+|length [\d,]+\d|scale [\d,.]*\d"
-    names += r"|every-\d+|\d+ blocks|[\d.]+ MB|\d+ ranks"
+    names += r"|gpt2-xl|every-\d+|\d+ blocks|[\d.]+ MB|\d+ ranks"
     rest = re.sub(rf"no record of \d+ of \d+ cases|{names}", "", rest)
     return set(counts) <= {"1"} and not re.search(r"\d", rest)
 

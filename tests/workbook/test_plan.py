@@ -132,7 +132,8 @@ def test_a_profile_for_a_gpu_is_planned_on_a_machine_without_one(
         for experiment, arguments in ((experiment, each) for experiment, grids in found.items() for each in grids):
             planned = plan_experiment(experiment, arguments, profile, store)
             assert planned.cases == len(load_experiment(experiment).grid(**arguments)) > 0
-            assert planned.minutes > 0, experiment
+            # Several ranks need several GPUs, and whatever machine this is has less than all profiles ask for.
+            assert (planned.minutes > 0) != (planned.skipped == planned.cases), experiment
     finally:
         this_machine.cache_clear()
 
