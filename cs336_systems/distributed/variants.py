@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cs336_systems.distributed.ddp import BucketedDDP, FlatDDP, NaiveDDP, OverlappedDDP, bucket_bytes_of
-from cs336_systems.distributed.replicas import require_process_group
+from cs336_systems.distributed.replicas import broadcast_from_rank_0, require_process_group
 from cs336_systems.errors import UserError, unknown_name
 from cs336_systems.object_reference import is_object_reference, load_object
 
@@ -43,6 +43,7 @@ class TorchDDP(DistributedDataParallel):
             bucket_cap_mb=None if bucket_size_mb is None else size_bytes / BYTES_PER_MIB,
             broadcast_buffers=False,
         )
+        broadcast_from_rank_0(module)  # without that, PyTorch's takes over parameters only
 
     def finish_gradient_synchronization(self) -> None:
         """Nothing: at the end of its backward PyTorch's wrapper waits itself."""

@@ -257,7 +257,7 @@ def crossed(rank: Rank, name: str, bucket_size_mb: float | None) -> tuple[list[s
 SHARING: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "view": lambda h, w, v: h + w.view(-1) + v.view(-1),
     "cat": lambda h, w, v: torch.cat([h, h]) + torch.cat([w.view(-1), v.view(-1)]),
-    "chunk": lambda h, w, v: sum(torch.cat([h, h]).chunk(4)) + sum(torch.cat([w.view(-1), v.view(-1)]).chunk(4)),
+    "chunk": lambda h, w, v: torch.stack([*torch.cat([h, h]).chunk(4), *torch.cat([w.view(-1), v.view(-1)]).chunk(4)]),
     "stack": lambda h, w, v: torch.stack([h, h]) + torch.stack([w.view(-1), v.view(-1)]),
 }
 """Ways in which backward may give the memory of one gradient to several parameters, of which one is used on."""
