@@ -28,8 +28,11 @@ Rounding. Every rank divides the same sum by the number of ranks, or NCCL does: 
 Buffers are rank 0's at construction and each rank's own afterwards. The names in `state_dict()` begin with `module.`,
 as those of PyTorch's wrapper do; `.module.state_dict()` has the model's own.
 
-Cost: on top of the all-reduces, a bucket of several gradients is copied once on the way out and once back, and takes
-its size in memory while under way; a bucket of one gradient is reduced in place.
+Cost: on top of the all-reduces, each bucket is copied once on the way out and once back, and takes its size in memory
+until the averages are there. During a backward nothing may be reduced in place: after `view`, `cat` or `chunk` a
+`.grad` may lie in memory that autograd has yet to read for another gradient. After the backward a bucket of one
+gradient is reduced in place, which only NaiveDDP and a FlatDDP of one parameter do: one call at a time, since two
+`.grad` may even then share their memory.
 
 Source: CS336 assignment 2, sections 2.2 and 2.3; Li et al. 2020, "PyTorch Distributed" (buckets, order, unused
 parameters).
@@ -83,14 +86,18 @@ def buckets_of(parameters: Iterable[nn.Parameter], bucket_bytes: float) -> tuple
 
 
 class _Reduction:
-    """One all-reduce under way: the average of a bucket's gradients over all ranks."""
+    """One all-reduce under way: the average of a bucket's gradients over all ranks.
 
-    def __init__(self, bucket: Bucket) -> None:
+    `in_place` lets a bucket of one gradient be reduced where it lies; only for what nobody else reads or reduces
+    meanwhile.
+    """
+
+    def __init__(self, bucket: Bucket, in_place: bool) -> None:
         self.bucket = bucket
         self.is_missing = [parameter.grad is None for parameter in bucket]
         gradients = [_gradient_or_zeros(parameter) for parameter in bucket]
-        alone = len(gradients) == 1 and gradients[0].is_contiguous()
-        self._buffer = gradients[0] if alone else torch.cat([gradient.reshape(-1) for gradient in gradients])
+        stays = in_place and len(gradients) == 1 and gradients[0].is_contiguous()
+        self._buffer = gradients[0] if stays else torch.cat([gradient.reshape(-1) for gradient in gradients])
         self._averages = dist.get_backend() == "nccl"  # Gloo has no average
         operation = dist.ReduceOp.AVG if self._averages else dist.ReduceOp.SUM
         self._work = dist.all_reduce(self._buffer, operation, async_op=True) if self._buffer.numel() else None
@@ -240,7 +247,7 @@ class DataParallel(nn.Module):
         self._backward_is_over = True
 
     def _begin_next(self) -> None:
-        reduction = _Reduction(self.buckets[len(self._begun)])
+        reduction = _Reduction(self.buckets[len(self._begun)], in_place=self.blocks and not self.overlaps)
         if self.blocks:
             reduction.wait()
         self._begun.append(reduction)

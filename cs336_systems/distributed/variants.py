@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cs336_systems.distributed.ddp import BucketedDDP, FlatDDP, NaiveDDP, OverlappedDDP, bucket_bytes_of
-from cs336_systems.distributed.replicas import require_process_group
+from cs336_systems.distributed.replicas import broadcast_from_rank_0, require_process_group
 from cs336_systems.errors import UserError, unknown_name
 from cs336_systems.object_reference import is_object_reference, load_object
 
@@ -30,13 +30,20 @@ class TorchDDP(DistributedDataParallel):
     """PyTorch's wrapper with the interface of ours; buckets of at most so many MB (10^6 bytes).
 
     Without a size they are PyTorch's own: 25 MiB, the first one 1 MiB. It adds a gradient to a bucket until that has
-    reached its size, so that a bucket may be larger. Every parameter must be used in every step.
+    reached its size, so that a bucket may be larger. Every parameter must be used in every step. Buffers are rank 0's
+    at construction and each rank's own afterwards, as with ours: by default PyTorch's wrapper broadcasts them anew, and
+    waits for it, in the first forward after each averaging.
     """
 
     def __init__(self, module: nn.Module, bucket_size_mb: float | None = None) -> None:
         require_process_group()
         size_bytes = bucket_bytes_of(bucket_size_mb)
-        super().__init__(module, bucket_cap_mb=None if bucket_size_mb is None else size_bytes / BYTES_PER_MIB)
+        super().__init__(
+            module,
+            bucket_cap_mb=None if bucket_size_mb is None else size_bytes / BYTES_PER_MIB,
+            broadcast_buffers=False,
+        )
+        broadcast_from_rank_0(module)  # without that, PyTorch's takes over parameters only
 
     def finish_gradient_synchronization(self) -> None:
         """Nothing: at the end of its backward PyTorch's wrapper waits itself."""

@@ -5,10 +5,12 @@ size of an array of float32. In a launch of its own, a round runs everything onc
 the library's collectives, and the two rings of `distributed/collectives.py`. Every call stands between two barriers,
 and every rank times its own; of a call, the time is that of its slowest rank.
 
-The ring's bound is of the same rounds. A rank of a ring sends and receives at once, so the link's bandwidth is what two
-ranks reach that send one another a message of a ring's size, s/N bytes, the fastest of all rounds; the least a
-collective takes is the bytes that it must send (`analysis/communication.py`) at that bandwidth. Two further messages
-tell what becomes of the link when all ranks use theirs at once, as in a ring, with chunks and with whole arrays.
+The bound is a ring's, and of the same rounds: the bytes that a ring sends (`analysis/communication.py`) at the best
+bandwidth that any message had which was sent while one came, as in a ring. Those are chunks of s/N bytes between two
+ranks alone, the same while all ranks send, and whole arrays of s bytes while all send; each at its fastest round. A
+message's time includes its start: of a small array that is most of it, so that its bound is one of such messages and
+not of the link. And it bounds rings, not every algorithm: a switch that adds up what passes through it (NVLink SHARP)
+has each rank send its array once, about half of a ring's bytes.
 
 Between GPUs the ranks use NCCL, a GPU each; between CPUs Gloo, with one thread each, and there may be more ranks than
 cores. Sizes are decimal: 1 MB is 10⁶ bytes.
@@ -66,7 +68,9 @@ LINKS: Mapping[str, str] = MappingProxyType(
         ALL_WHOLE: "shared_whole_bytes_per_s",
     }
 )
-"""The column of each message's bandwidth; `link_bytes_per_s` is what bounds are computed with."""
+"""The column of each message's bandwidth."""
+RING_LINK = "ring_bytes_per_s"
+"""The column of the best of those that were sent while one came; bounds are computed with it."""
 LARGE_BYTES, FEWEST_ROUNDS = 10 * MB, 5
 """Up to which size the rounds are those that are asked for; beyond it they are fewer, but not below these."""
 SIGN_S = 1.0
@@ -438,7 +442,7 @@ def summarise(
     fingerprint: Mapping[str, Any] | None = None,
 ) -> pd.DataFrame:
     """One row per record and operation: times over ranks, bandwidths, the ring's bound, and what was published."""
-    del peaks  # the bound is of the record's own links
+    del peaks  # the bound is of the record's own links, and no other record's: each row says the same without the rest
     published = PublishedAllReduce((store or Store.default()).reference)
     rows = []
     for record in records:
@@ -484,21 +488,22 @@ def slowest_of(ranks_ms: Sequence[Sequence[float]]) -> list[float]:
 
 
 def links_of(record: Record, case: Case) -> dict[str, float]:
-    """Bytes per second that a rank sends in each message, at the fastest that any round had."""
-    found = {}
+    """Bytes per second that a rank sends in each message, at the fastest that any round had, and the ring's best."""
+    found: dict[str, float] = {}
     for name, column in LINKS.items():
         ranks_ms = record.measurement.values.get("ranks_ms", {}).get(name)
         size = case.array_bytes if name == ALL_WHOLE else case.array_bytes / case.world_size
         found[column] = 1e3 * size / min(slowest_of(ranks_ms)) if ranks_ms else math.nan
-    return found
+    in_rings = [found[column] for name, column in LINKS.items() if name != ONE_WAY and found[column] == found[column]]
+    return found | {RING_LINK: max(in_rings, default=math.nan)}
 
 
 def reached(row: Mapping[str, Any], case: Case) -> dict[str, float]:
     """The bound and what was reached of it, by the slowest rank's time."""
     name, seconds = str(row["operation"]), row["slowest_ms"] / 1e3
     least = "all_reduce" if name in ALL_REDUCES else name
-    # The root of a broadcast only sends.
-    link = row["one_way_bytes_per_s" if name == "broadcast" else "link_bytes_per_s"]
+    links = [row[RING_LINK], row[LINKS[ONE_WAY]]] if name == "broadcast" else [row[RING_LINK]]  # whose root only sends
+    link = max((each for each in links if each == each), default=math.nan)
     bound = ring_cost(least, case.array_bytes, case.world_size).seconds(link)
     return {
         "bound_ms": 1e3 * bound,

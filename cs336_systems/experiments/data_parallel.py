@@ -10,26 +10,35 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import pandas as pd
 import torch
 
-from cs336_systems.analysis import flops
 from cs336_systems.analysis.bucketing import CallCost, call_cost
 from cs336_systems.analysis.hardware import Peaks
 from cs336_systems.bench import grid as grids
 from cs336_systems.bench.allocator import available_bytes
 from cs336_systems.bench.machine import resolve_device
 from cs336_systems.bench.records import Measurement, Record, Store
-from cs336_systems.bench.report import bytes_in_words, plural
-from cs336_systems.bench.sweep import OnPart, OutOfMemory
+from cs336_systems.bench.sweep import AVAILABLE, OnPart, OutOfMemory
 from cs336_systems.bench.timing import describe
 from cs336_systems.distributed.launch import RankFailed, launch
 from cs336_systems.distributed.variants import NAMES, WITH_BUCKETS, check_name, load_ddp
 from cs336_systems.errors import UserError
 from cs336_systems.experiments import data_parallel_ranks
-from cs336_systems.experiments.data_parallel_ranks import ALONE, AT_ONCE, ONE_NUMBER, STEP, TIMES, variant_name
+from cs336_systems.experiments.data_parallel_memory import gradient_bytes, without_room
+from cs336_systems.experiments.data_parallel_ranks import (
+    ALONE,
+    AT_ONCE,
+    FINISH,
+    GRADIENTS,
+    ONE_NUMBER,
+    STEP,
+    variant_name,
+)
+from cs336_systems.experiments.data_parallel_together import measurement_of
 from cs336_systems.experiments.transformer_step import bound_ms
 from cs336_systems.model import SIZES, model_size
 from cs336_systems.object_reference import is_object_reference
@@ -41,6 +50,16 @@ LAPTOP_BUCKETS_MB = (1, 10, 100)
 WRAPPERS = ("naive", "flat", "overlapped", "bucketed", "torch")
 COMPARED_MB = 25
 """The bucket size at which ours stands beside PyTorch's own, which takes about this by default."""
+MOST_OFF: Mapping[str, float] = MappingProxyType({"none": 1e-4, "bfloat16": 0.1, "float16": 0.1})
+"""By autocast, how far averaged gradients may be from those of one process, relative to their norm.
+
+Sums of float32 in another order differ by some ε of 1.2e-7 each, which do not add up but in part cancel: no rounding
+reaches 1e-4. Under autocast every part of the batch has its products rounded to 16 bits on its own, by ε of 0.008 for
+bfloat16, through all layers. No mistake is so small: a factor of N, or a rank's own gradients, is off by about 1, and
+that one of N ranks was left out by about 1/N.
+"""
+WRONG = ("ranks differ", "a gradient is missing or too many", "too far off")
+"""What may be the matter with averaged gradients."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,16 +212,19 @@ def grid(
 
 def measure(case: Case, on_part: OnPart) -> Measurement:
     """Samples: `<variant> step_ms`, of the slowest rank. Values: `parts_ms`, what its steps are made of and reductions
-    alone; by rank all times, and what was recorded; how gradients compare with those of one process.
+    alone; by rank all times, and what was recorded; how gradients compare with those of one process, on the rank where
+    that is worst; `left_out`, which variants have no room, and why.
 
     Raises:
         OutOfMemory: weights, gradients and optimizer state of all ranks exceed what is available, or a rank was killed.
         UserError: more ranks than GPUs, or a wrapper that cannot be made.
     """
-    require_memory(case)
+    available = available_bytes(case.device)
+    reasons = without_room(case, available)
+    variants = [each for each in case.variants if each[0] not in reasons]
     for name in case.wrappers:
         load_ddp(name)  # the ranks take over what makes it importable
-    steps = (2 + len(case.variants)) * (case.warmup + case.rounds) + 2 * len(case.variants)
+    steps = (2 + len(variants)) * (case.warmup + case.rounds) + 2 * len(variants)
     done = 0
 
     def count(_rank: int, _value: object) -> None:
@@ -212,50 +234,22 @@ def measure(case: Case, on_part: OnPart) -> Measurement:
 
     try:
         ranks = launch(
-            data_parallel_ranks.train, case, world_size=case.world_size, backend=case.backend, on_report=count
+            data_parallel_ranks.train,
+            case,
+            variants,
+            world_size=case.world_size,
+            backend=case.backend,
+            on_report=count,
         )
     except RankFailed as error:
         if error.signal_name == "SIGKILL":
             raise OutOfMemory(str(error)) from error
         raise
-    times = {
-        f"{name} {part}": _slowest([each["times"][name][part] for each in ranks])
-        for name in ranks[0]["times"]
-        for part in TIMES
-    }
-    samples = {name: taken for name, taken in times.items() if name.endswith(STEP)}
-    parts = {name: taken for name, taken in times.items() if name not in samples}
-    parts |= {f"{way} ms": _slowest([each["reductions_ms"][way] for each in ranks]) for way in (ONE_NUMBER, AT_ONCE)}
-    values = {
-        "checked": ranks[0]["checked"],
-        "gradient_bytes": ranks[0]["gradient_bytes"],
-        "gradients": ranks[0]["gradients"],
-        "parts_ms": parts,
-        "ranks": [{"times": each["times"], "recorded": each["recorded"]} for each in ranks],
-    }
-    return Measurement(samples=samples, values=values)
-
-
-def _slowest(ranks: Sequence[Sequence[float]]) -> list[float]:
-    """Of each round the slowest rank's time."""
-    return [max(taken) for taken in zip(*ranks, strict=True)]
-
-
-def require_memory(case: Case) -> None:
-    """Refuse what cannot fit before it is built: on a CPU all ranks share its memory.
-
-    Raises:
-        OutOfMemory: with what is needed at least, and what there is.
-    """
-    sharing = case.world_size if case.device == "cpu" else 1
-    # Gradients on their way: the largest buffer is that of all as one.
-    needed = sharing * (flops.resident_bytes(case.config, "step") + gradient_bytes(case))
-    available = available_bytes(case.device)
-    if needed > available:
-        raise OutOfMemory(
-            f"weights, gradients, optimizer state and the gradients on their way of {plural(sharing, 'rank')} need at "
-            f"least {bytes_in_words(needed)}, and {bytes_in_words(available)} are available: take a smaller size"
-        )
+    left_out = {variant_name(*each): reasons[each[0]] for each in case.variants if each[0] in reasons}
+    measured = measurement_of([variant_name(*each) for each in variants], ranks)
+    # With more memory the case is worth another try.
+    beside = {"left_out": left_out, **({AVAILABLE: available} if left_out else {})}
+    return dataclasses.replace(measured, values={**measured.values, **beside})
 
 
 # Summarising ---------------------------------------------------------------------------------------------------
@@ -278,11 +272,6 @@ def predict(cases: Sequence[Case], peaks: Peaks) -> pd.DataFrame:
     )
 
 
-def gradient_bytes(case: Case) -> int:
-    """Of the gradients of all parameters."""
-    return torch.float32.itemsize * sum(flops.parameters(case.config).values())
-
-
 def floor_ms(case: Case, peaks: Peaks) -> float:
     """The floor of a step: on a CPU all ranks share its cores, each GPU has a rank of its own."""
     step = (
@@ -302,7 +291,8 @@ def summarise(
 ) -> pd.DataFrame:
     """One row per record and variant: its times, what of them is communication, and what a model of the overhead says.
 
-    `exposed_ms` is what the gradients took longer than without communication: what was not hidden.
+    `exposed_ms` is what the gradients took longer than without communication: what was not hidden. `reductions` are
+    those of gradients. A variant for which there was no room has the status "oom", whatever the record's.
     """
     del store
     rows = []
@@ -310,7 +300,7 @@ def summarise(
         case = Case(**record.case)
         values, times = record.measurement.values, times_of(record)
         cost = fitted_cost(record)
-        alone = _mean(times, ALONE, "gradients_ms")
+        alone = _mean(times, ALONE, GRADIENTS)
         shared = {
             "size": case.size,
             **{name: value for name, value in record.case.items() if name not in ("wrappers", "buckets_mb")},
@@ -325,28 +315,34 @@ def summarise(
         for wrapper, size in ((ALONE, None), *case.variants):
             name = variant_name(wrapper, size)
             statistics = describe(steps) if (steps := times.get(f"{name} {STEP}")) else None
-            exposed = _mean(times, name, "gradients_ms") - alone if wrapper != ALONE else math.nan
+            exposed = _mean(times, name, GRADIENTS) - alone if wrapper != ALONE else math.nan
             mean = statistics.mean if statistics else math.nan
-            calls = _over_ranks(values, name, "calls")
+            reductions = _over_ranks(values, name, "reductions")
+            checked = values.get("checked", {}).get(name, {})
+            error = checked.get("relative_error")
+            left_out = values.get("left_out", {}).get(name)
             rows.append(
                 {
                     **shared,
+                    **({} if left_out is None else {"status": "oom", "reason": left_out}),
+                    "is_left_out": left_out is not None,
                     "variant": name,
                     "wrapper": wrapper,
                     "bucket_mb": size if size is not None else math.nan,
                     "mean_ms": mean,
                     "std_ms": statistics.std if statistics else math.nan,
                     "median_ms": statistics.median if statistics else math.nan,
-                    "finish_ms": _mean(times, name, "finish_ms") if wrapper != ALONE else math.nan,
+                    "finish_ms": _mean(times, name, FINISH) if wrapper != ALONE else math.nan,
                     "exposed_ms": exposed,
                     "exposed_share": exposed / mean,
-                    "calls": calls,
+                    "reductions": reductions,
                     "communication_ms": _over_ranks(values, name, "communication_ms"),
                     "overlapped": _overlapped_share(values, name),
-                    "modelled_ms": _modelled_ms(cost, wrapper, shared["gradient_bytes"], calls),
+                    "is_matched": all(each["is_matched"] for each in _recorded(values, name)),
+                    "modelled_ms": _modelled_ms(cost, wrapper, shared["gradient_bytes"], reductions),
                     "recorded": _recorded(values, name),
-                    "relative_error": values.get("checked", {}).get(name, {}).get("relative_error", math.nan),
-                    "is_right": _is_right(values, name),
+                    "relative_error": math.nan if error is None else error,
+                    "wrong": _wrong(checked, MOST_OFF[case.autocast]) if checked else None,
                 }
             )
     return pd.DataFrame(rows)
@@ -372,10 +368,11 @@ def _over_ranks(values: Mapping[str, Any], name: str, what: str) -> float:
     return sum(found) / len(found) if found else math.nan
 
 
-def _is_right(values: Mapping[str, Any], name: str) -> bool | None:
-    """Whether ranks agreed to the last bit and had a gradient where one process has one."""
-    found = values.get("checked", {}).get(name)
-    return None if found is None else found["ranks_equal"] and found["same_parameters"]
+def _wrong(checked: Mapping[str, Any], most_off: float) -> list[str]:
+    """What is the matter with averaged gradients, of `WRONG`; nothing where they are right."""
+    error = checked["relative_error"]
+    is_so = (not checked["ranks_equal"], not checked["same_parameters"], error is None or not error < most_off)
+    return [what for what, is_it in zip(WRONG, is_so, strict=True) if is_it]
 
 
 def _overlapped_share(values: Mapping[str, Any], name: str) -> float:
@@ -394,12 +391,15 @@ def fitted_cost(record: Record) -> CallCost | None:
     return call_cost(torch.float32.itemsize, few_s, values["gradient_bytes"], many_s)
 
 
-def _modelled_ms(cost: CallCost | None, wrapper: str, gradient_bytes: float, calls: float) -> float:
-    """The overhead that the model expects of a wrapper; NaN for one of which it says nothing."""
-    if cost is None or wrapper == ALONE or is_object_reference(wrapper) or calls != calls:
+def _modelled_ms(cost: CallCost | None, wrapper: str, gradient_bytes: float, reductions: float) -> float:
+    """The overhead that the model expects of a wrapper; NaN for one of which it says nothing.
+
+    Its n are the reductions of gradients: the one of a byte per parameter that ours make beside them is no bucket.
+    """
+    if cost is None or wrapper == ALONE or is_object_reference(wrapper) or reductions != reductions:
         return math.nan
     overhead = cost.in_turn_s if wrapper in ("naive", "flat") else cost.overlapped_s
-    return 1e3 * overhead(gradient_bytes, calls)
+    return 1e3 * overhead(gradient_bytes, reductions)
 
 
 def predicted_seconds(case: Case, peaks: Peaks, slowdown: float) -> float:

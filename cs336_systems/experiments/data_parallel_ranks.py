@@ -4,8 +4,8 @@ Each rank builds one model and one optimizer, and wraps a replica per wrapper: m
 share the memory of the first, so that a dozen wrappers hold the weights once, and the hooks of one are none of
 another's. Before anything is timed, the averaged gradients are compared with those of one process on the whole batch.
 Then every round takes one step with each wrapper, after a barrier, the plain model without any communication among
-them. Afterwards one step of each is recorded by the profiler, from which follows how much of the communication was
-overlapped.
+them. Afterwards one step of each is recorded by the profiler, from which follows, once the traces of all ranks are side
+by side, how much of the communication was overlapped.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from cs336_systems.distributed.ddp import DataParallel
 from cs336_systems.distributed.rank import Rank
 from cs336_systems.distributed.variants import wrap
-from cs336_systems.profiling.overlap import Span, merged, read_overlap
+from cs336_systems.profiling.overlap import Overlap, read_overlap
 from cs336_systems.profiling.ranges import named_range
 from cs336_systems.profiling.recorder import record_trace
 from cs336_systems.step import BuiltStep, StepConfig, build_step, step_of
@@ -35,13 +36,11 @@ if TYPE_CHECKING:
 
 ALONE = "alone"
 """The step without any communication: what is below every other."""
-SHOWN_GAP_MS = 0.5
-"""Spans of a timeline that are closer than this are shown as one."""
 ONE_NUMBER, AT_ONCE = "one number", "all gradients"
 """The two reductions, with nothing beside them, from which the price of a call and its bandwidth follow."""
 CALLS_OF_ONE_NUMBER = 20
-STEP = "step_ms"
-TIMES = (STEP, "gradients_ms", "finish_ms")
+STEP, GRADIENTS, FINISH = "step_ms", "gradients_ms", "finish_ms"
+TIMES = (STEP, GRADIENTS, FINISH)
 """Of a step: the whole, until the gradients are there, and what of that comes after backward."""
 
 
@@ -94,6 +93,16 @@ class Variant:
         return [1e3 * (until - since) for since, until in spans]
 
     @property
+    def reductions(self) -> int | None:
+        """How many reductions of gradients a step makes, where the wrapper says it: one per bucket that is not empty.
+
+        A trace of ours has one more, of a byte per parameter.
+        """
+        if not isinstance(self._wrapped, DataParallel):
+            return None
+        return sum(any(each.numel() for each in bucket) for bucket in self._wrapped.buckets)
+
+    @property
     def module(self) -> nn.Module:
         found: nn.Module = self._replica if self._wrapped is None else self._wrapped
         return found
@@ -112,14 +121,17 @@ def replica_of(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, same)
 
 
-def train(rank: Rank, case: Case) -> dict[str, Any]:
-    """What one rank measures: times of every variant, and the spans of one recorded step of each."""
+def train(rank: Rank, case: Case, chosen_variants: Sequence[tuple[str, float | None]]) -> dict[str, Any]:
+    """What one rank measures: times of every variant, and one recorded step of each.
+
+    `chosen_variants` are those of the case for which there is memory: wrapper and bucket size.
+    """
     torch.manual_seed(case.seed + rank.rank)  # weights are rank 0's once a wrapper is there, batches are not
     chosen = case.step_of_rank
     built = build_step(chosen)
     rank.alive()
     variants = [Variant(ALONE, built.model, None, replica_of(built.model))]
-    for wrapper, size in case.variants:
+    for wrapper, size in chosen_variants:
         replica = replica_of(built.model)
         wrapped = wrap(wrapper, replica, size)
         variants.append(Variant(variant_name(wrapper, size), built.model, wrapped, replica))
@@ -138,6 +150,7 @@ def train(rank: Rank, case: Case) -> dict[str, Any]:
     return {
         "times": {each.name: each.times for each in variants},
         "recorded": recorded,
+        "reductions": {each.name: each.reductions for each in variants[1:]},
         "checked": checked,
         "reductions_ms": reductions,
         "gradient_bytes": sum(each.numel() * each.element_size() for each in gradients),
@@ -146,7 +159,11 @@ def train(rank: Rank, case: Case) -> dict[str, Any]:
 
 
 def check(variants: Sequence[Variant], rank: Rank, case: StepConfig, built: BuiltStep) -> dict[str, dict[str, Any]]:
-    """How far each variant's gradients are from those of one process on the whole batch, and whether ranks agree."""
+    """How far each variant's gradients are from those of one process on the whole batch, and whether ranks agree.
+
+    `relative_error` is the norm of the difference by that of the expected, of the gradients that both have; None where
+    it is no number: none is in common, or one is not finite.
+    """
     parts = [torch.empty_like(built.batch) for _ in range(rank.world_size)]
     dist.all_gather(parts, built.batch)
     alone, found = variants[0], {}
@@ -162,7 +179,7 @@ def check(variants: Sequence[Variant], rank: Rank, case: StepConfig, built: Buil
             for tensors in ((ours - theirs for ours, theirs in both), (theirs for _, theirs in both))
         )
         found[variant.name] = {
-            "relative_error": off / size,
+            "relative_error": off / size if size > 0 and math.isfinite(off / size) else None,
             "same_parameters": all((ours is None) == (theirs is None) for ours, theirs in pairs),
             "ranks_equal": _equal_on_all_ranks([ours for ours, _ in both], rank),
         }
@@ -202,25 +219,12 @@ def time_reductions(rank: Rank, model: nn.Module, case: Case) -> dict[str, list[
     return taken
 
 
-def record(
-    variant: Variant, rank: Rank, case: StepConfig, optimizer: torch.optim.Optimizer, batch: Tensor
-) -> dict[str, Any]:
-    """When a recorded step computed and communicated."""
+def record(variant: Variant, rank: Rank, case: StepConfig, optimizer: torch.optim.Optimizer, batch: Tensor) -> Overlap:
+    """When a recorded step computed and communicated, as this rank saw it."""
     with tempfile.TemporaryDirectory(prefix="cs336-trace-") as folder:
         path = Path(folder) / "trace.json"
         with record_trace(path, rank.device.type):
             variant.step(rank, case, optimizer, batch)
         found = read_overlap(path, "step")
     rank.report(None)
-    return {
-        "calls": found.calls,
-        "communication_ms": found.communication_ms,
-        "overlapped_ms": found.overlapped_ms,
-        "compute_spans_ms": _shown(found.compute),
-        "communication_spans_ms": _shown(found.communication),
-    }
-
-
-def _shown(spans: Sequence[Span]) -> list[list[float]]:
-    """As a timeline needs them, to the microsecond."""
-    return [[round(moment, 3) for moment in span] for span in merged(spans, SHOWN_GAP_MS)]
+    return found

@@ -68,15 +68,17 @@ def table(summary: pd.DataFrame) -> Table:
         Column("between ranks (ms)", lambda row: number(row.std_ms, 2)),
         Column("size / time (GB/s)", lambda row: number(row.algorithm_bytes_per_s / GB)),
         Column("bus (GB/s)", lambda row: number(row.bus_bytes_per_s / GB)),
-        Column("bound (ms)", lambda row: number(row.bound_ms)),
+        Column("ring's bound (ms)", lambda row: number(row.bound_ms)),
         Column("reached", lambda row: percent(row.fraction)),
         Column(f"published, {PublishedAllReduce.HARDWARE} (ms)", lambda row: number(row.published_ms)),
     ]
     note = (
         "Times are of the rank that took longest in each round, mean and deviation over the rounds; between ranks is "
         "the deviation of the ranks' own means. Bus is size / time multiplied by the bytes that a rank must send at "
-        "least per byte of the array. Bound is those bytes at the bandwidth of two neighbours alone, the best of the "
-        "same rounds."
+        "least on a ring per byte of the array. The ring's bound is those bytes at the best bandwidth of the record's "
+        "own messages, chunks and whole arrays, which a rank sent while it received one. It includes the start of a "
+        "message, which of small arrays is most of it; and a switch that adds up what passes (NVLink SHARP) sends less "
+        "than a ring."
     )
     notes = [note, *notes_below(summary)] if len(summary) else []
     return Table.of(summary, columns, caption=caption(summary), notes=notes)
@@ -338,11 +340,14 @@ def by_bound(rows: pd.DataFrame) -> Finding | None:
         for _, row in largest.iterrows()
     ]
     return Finding.checked(
-        f"Of the ring's bound at the speed of two neighbours alone, all-reduce of {largest.iloc[0]['size_mb']:g} MB "
+        f"Of a ring's bound at the best speed of any of its messages, all-reduce of {largest.iloc[0]['size_mb']:g} MB "
         f"reaches: {', '.join(texts)}",
         bool(largest["fraction"].max() <= 1.05),
         so=". None beats the bound.",
-        but=". What beats it sends faster than two neighbours alone did in any round.",
+        but=(
+            ". What beats it is no ring of such messages: it sends fewer bytes, as where a switch adds up what passes "
+            "(NVLink SHARP), or sends them faster than any message that was timed alone."
+        ),
     )
 
 
@@ -359,7 +364,7 @@ def sharing(rows: pd.DataFrame) -> Finding | None:
         f"{number(row['shared_bytes_per_s'] / GB)} GB/s, {percent(left)} of what two have alone",
         bool(left < 0.8),
         so=(
-            f": they share what carries the messages{crowded}. So no ring can reach its bound; at that speed its bytes "
+            f": they share what carries the messages{crowded}. At that speed a ring's bytes "
             f"take {number(1e3 * row['sent_bytes'] / row['shared_bytes_per_s'])} ms, and the library's all-reduce took "
             f"{number(row['slowest_ms'])} ms."
         ),

@@ -29,7 +29,7 @@ from cs336_systems.bench.report import (
     plural,
     with_deviation,
 )
-from cs336_systems.experiments.data_parallel import BYTES_PER_MB, COMPARED_MB
+from cs336_systems.experiments.data_parallel import BYTES_PER_MB, COMPARED_MB, MOST_OFF, WRONG
 from cs336_systems.experiments.data_parallel_ranks import ALONE, variant_name
 from cs336_systems.presentation.transformer_step import caption_of
 
@@ -46,10 +46,16 @@ CLOSE = 0.1
 NOTE = (
     "Times are of the slowest rank, from a moment at which all had arrived. Alone is the step without communication, "
     "with the same share of the batch; exposed is by how much the gradients of all ranks are there later than those of "
-    "a rank alone, finish what of it is spent after backward. Calls and the overlapped share of the communication are "
-    "of one more step under the profiler. Off one process is the norm of the difference between the averaged gradients "
-    "and those of one process on the whole batch, by the latter's and by the spacing ε of float32 at 1. The model is "
-    "that of the section on bucket sizes."
+    "a rank alone, finish the time from the end of the last rank's backward until all have them. Reductions are those "
+    "of gradients: ours make one more, of a byte per parameter. Their number, where the wrapper is not ours, and the "
+    "overlapped share of the communication are of one more step under the profiler; there a call begins when its last "
+    "rank has begun it, since until then it waits. Off one process is the norm of the difference between the averaged "
+    "gradients and those of one process on the whole batch, by the latter's and by the spacing ε of float32 at 1. The "
+    "model is that of the section on bucket sizes."
+)
+UNMATCHED = (
+    "‡ ranks made different numbers of calls, so that it is not known which belong together: each begins when its own "
+    "rank has begun it, and waiting for others counts as communication."
 )
 
 
@@ -77,13 +83,16 @@ def table(summary: pd.DataFrame) -> Table:
         Column("exposed (ms)", lambda row: number(row.exposed_ms)),
         Column("of the step", lambda row: percent(row.exposed_share)),
         Column("finish (ms)", lambda row: number(row.finish_ms)),
-        Column("calls", lambda row: number(row.calls)),
-        Column("overlapped", lambda row: percent(row.overlapped)),
+        Column("reductions", lambda row: number(row.reductions)),
+        Column("overlapped", lambda row: percent(row.overlapped) + (" ‡" if not row.is_matched else "")),
         Column("off one process (ε)", lambda row: number(row.relative_error / EPS, 2)),
         Column("exposed by the model (ms)", lambda row: number(row.modelled_ms)),
         Column("floor alone (ms)", lambda row: number(row.bound_ms)),
     ]
-    notes = [NOTE, *(remarks.notes_below(summary, _case_name, _case_name) if len(summary) else [])]
+    notes = [NOTE]
+    if len(summary):
+        notes += [UNMATCHED] if not summary["is_matched"].all() else []
+        notes += remarks.notes_below(summary, _name, _case_name)
     return Table.of(summary, columns, caption=caption(summary), notes=notes)
 
 
@@ -103,6 +112,11 @@ def _text(row: Any, field: str) -> str:
 
 def _step(row: Any) -> str:
     return str(row.status) if row.status != "ok" else with_deviation(row.mean_ms, row.std_ms) + marks(row)
+
+
+def _name(row: pd.Series) -> str:
+    """The case, or where one of its wrappers has no room, which."""
+    return f"{row['variant']} of {_case_name(row)}" if row["is_left_out"] else _case_name(row)
 
 
 def _case_name(row: pd.Series) -> str:
@@ -200,7 +214,7 @@ def _draw_overhead(rows: pd.DataFrame) -> Figure:
 
 
 def timeline(summary: pd.DataFrame) -> Picture | Finding:
-    """When each rank computed and communicated, by wrapper.
+    """When each rank computed and communicated, by wrapper; a call begins when its last rank has begun it.
 
     Of several cases the first, of buckets those nearest to PyTorch's size; PyTorch's own only where no other is there.
     """
@@ -215,7 +229,9 @@ def timeline(summary: pd.DataFrame) -> Picture | Finding:
         is_shown[(buckets - COMPARED_MB).abs().idxmin()] = True
     others = is_shown & (rows["wrapper"] != "torch")
     shown = rows[others if others.any() else is_shown]
-    return Picture(f"One step of every rank{which}, recorded; {caption(summary)}", partial(_draw_timeline, shown))
+    begin = "a call begins when its last rank has begun it"
+    shared = caption(summary)
+    return Picture(f"One step of every rank{which}, recorded; {begin}; {shared}", partial(_draw_timeline, shown))
 
 
 def _draw_timeline(rows: pd.DataFrame) -> Figure:
@@ -233,7 +249,9 @@ def _draw_timeline(rows: pd.DataFrame) -> Figure:
                     panel.broken_barh(parts, (-rank - 0.4 * offset, 0.36), color=colour)
             panel.set(yticks=[-rank + 0.0 for rank in range(len(ranks))])
             panel.set_yticklabels([f"rank {rank}" for rank in range(len(ranks))])
-            share = f", {percent(row['overlapped'])} overlapped" if ranks else ": no record yet"
+            without = f": {row['status']}" if row["is_left_out"] else ": no record yet"
+            share = f", {percent(row['overlapped'])} overlapped" if ranks else without
+            share += "" if row["is_matched"] else ", calls with their waiting"
             panel.set_title(f"{row['variant']}{share}", loc="left")
         panels[-1].set(xlabel="since the step began (ms)")
         handles = [Patch(color=colour, label=label) for colour, label in zip(_LANES.values(), _LABELS, strict=True)]
@@ -288,18 +306,30 @@ def right(summary: pd.DataFrame) -> Findings:
 
 
 def _right(rows: dict[str, Any]) -> Finding | None:
-    own = [row for row in rows.values() if row["is_right"] is not None]
+    own = [row for row in rows.values() if row["wrong"] is not None]
     if not own:
         return None
-    wrong = [row["variant"] for row in own if not row["is_right"]]
-    worst = max(own, key=lambda row: row["relative_error"])
+    first = own[0]
+    known = [row["relative_error"] for row in own if row["relative_error"] == row["relative_error"]]
+    whose = "those of one process on the whole batch"
+    fact = (
+        f"the averaged gradients are at most {number(max(known) / EPS, 2)} times the spacing of float32 at 1 off "
+        f"{whose}, relative to their norm"
+        if known
+        else f"no averaged gradients can be compared with {whose}"
+    )
+    limit = number(MOST_OFF[first["autocast"]] / EPS, 2)
+    causes = {
+        "ranks differ": "ranks differ with {}",
+        "a gradient is missing or too many": "of {} some gradients are missing, or there where one process has none",
+        "too far off": f"those of {{}} are further off than {limit} times, which is more than rounding, or no numbers",
+    }
+    names = {cause: ", ".join(row["variant"] for row in own if cause in row["wrong"]) for cause in WRONG}
     return Finding.checked(
-        f"{beginning(_case_name(worst))}: the averaged gradients are at most "
-        f"{number(worst['relative_error'] / EPS, 2)} times the spacing of float32 at 1 off those of one process on the "
-        "whole batch, relative to their norm",
-        not wrong,
+        f"{beginning(_case_name(first))}: {fact}",
+        not any(names.values()),
         so="; all ranks have them equal to the last bit, with every wrapper.",
-        but=f"; ranks differ with {', '.join(wrong)}.",
+        but="; " + "; ".join(causes[cause].format(who) for cause, who in names.items() if who) + ".",
     )
 
 
@@ -315,7 +345,7 @@ def _naive(rows: dict[str, Any]) -> Finding | None:
     return Finding.checked(
         f"{beginning(_case_name(row))}: a step with one all-reduce per parameter takes {number(row['mean_ms'])} ms, a "
         f"rank alone {number(alone['mean_ms'])} ms; {number(row['finish_ms'])} ms or "
-        f"{percent(row['finish_ms'] / row['mean_ms'])} of it go into {plural(int(row['calls']), 'call')} for "
+        f"{percent(row['finish_ms'] / row['mean_ms'])} of it go into {plural(int(row['reductions']), 'reduction')} of "
         f"{bytes_in_words(row['gradient_bytes'])} of gradients",
         bool(row["mean_ms"] > alone["mean_ms"]),
         so=", after backward, while nothing is computed.",
@@ -335,10 +365,12 @@ def _flat(rows: dict[str, Any]) -> Finding | None:
     return Finding.checked(
         f"All gradients as one tensor are averaged in {number(row['finish_ms'])} ms, one by one in "
         f"{number(naive_row['finish_ms'])} ms: {number(naive_row['finish_ms'] / row['finish_ms'], 2)} times as long "
-        f"for {number(naive_row['calls'] / row['calls'], 2)} times the calls",
+        f"for {number(naive_row['reductions'] / row['reductions'], 2)} times the calls",
         bool(row["finish_ms"] < naive_row["finish_ms"]),
         so=", since each call costs something whatever its size.",
-        but=": here calls are cheap, and copying all gradients into one tensor and back is not.",
+        but=": here calls are cheap, and copying all gradients into one tensor and back is not."
+        if row["device"] == "cpu"
+        else ": here that saves nothing.",
     )
 
 
@@ -359,7 +391,9 @@ def _overlapped(rows: dict[str, Any]) -> Finding | None:
         bool(row["exposed_ms"] < naive_row["exposed_ms"]),
         so=".",
         but=": nothing was gained, because what communicates takes the time of what computes, as ranks on the cores of "
-        "one machine do.",
+        "one machine do."
+        if row["device"] == "cpu"
+        else ": nothing was gained.",
     )
 
 

@@ -7,7 +7,8 @@ On a GPU communication is NCCL's kernels and computation all others. On a CPU Gl
 (`gloo:all_reduce`), and computation is the operators, less those that only hand work to the process group.
 
 Times are from the beginning of the range; where every rank waited for all others before it, they are comparable between
-ranks.
+ranks. That is needed: a rank's call begins in its trace when this rank enters it, and a collective can do nothing
+before the last rank has. `without_waiting` begins each call of several ranks' traces there.
 
 Source: PyTorch, torch/csrc/distributed/c10d (names of the ranges of Gloo, `c10d::` operators, NCCL's kernels).
 """
@@ -33,12 +34,19 @@ _OF_THE_DEVICE = frozenset({"kernel", "gpu_memcpy", "gpu_memset"})
 
 @dataclasses.dataclass(frozen=True)
 class Overlap:
-    """Disjoint spans in their order."""
+    """What one rank did."""
 
     compute: tuple[Span, ...]
-    communication: tuple[Span, ...]
-    calls: int
-    """Reductions seen."""
+    """Disjoint and in order."""
+    calls: tuple[Span, ...]
+    """Of each collective, in the order in which they began; several may go on at once."""
+    all_reduces: int
+    """How many of the calls are such: what PyTorch's wrapper broadcasts is none."""
+
+    @property
+    def communication(self) -> tuple[Span, ...]:
+        """Disjoint and in order."""
+        return merged(self.calls)
 
     @property
     def communication_ms(self) -> float:
@@ -72,11 +80,36 @@ def read_overlap(path: Path, within: str) -> Overlap:
         communicating = [each for each in communicating if each["cat"] in _OF_THE_DEVICE]
     computing = [each for each in of_device or operators if not each["name"].startswith(_LIBRARIES)]
 
-    def spans(chosen: Iterable[dict[str, Any]]) -> tuple[Span, ...]:
+    def spans(chosen: Iterable[dict[str, Any]]) -> list[Span]:
         clipped = ((max(each["ts"], begin), min(each["ts"] + each["dur"], end)) for each in chosen)
-        return merged([((start - begin) / _US_PER_MS, (stop - begin) / _US_PER_MS) for start, stop in clipped])
+        return sorted(((start - begin) / _US_PER_MS, (stop - begin) / _US_PER_MS) for start, stop in clipped)
 
-    return Overlap(spans(computing), spans(communicating), len(communicating))
+    all_reduces = sum(_is_all_reduce(each["name"]) for each in communicating)
+    return Overlap(merged(spans(computing)), tuple(spans(communicating)), all_reduces)
+
+
+def _is_all_reduce(name: str) -> bool:
+    """`gloo:all_reduce`, or a kernel such as `ncclDevKernel_AllReduce_Sum_f32_RING_LL`."""
+    return "allreduce" in name.replace("_", "").lower()
+
+
+def without_waiting(ranks: Sequence[Overlap]) -> list[Overlap] | None:
+    """The same step on all ranks, with each call begun where the last rank began it.
+
+    Calls are matched by their order, which is the same on all ranks. None where their numbers differ: then it is not
+    known which belong together.
+    """
+    if len({len(rank.calls) for rank in ranks}) != 1:
+        return None
+    begins = [max(begin for begin, _ in call) for call in zip(*(rank.calls for rank in ranks), strict=True)]
+    return [
+        dataclasses.replace(
+            rank,
+            # A broadcast's root may be done before another has come.
+            calls=tuple((min(begin, end), end) for begin, (_, end) in zip(begins, rank.calls, strict=True)),
+        )
+        for rank in ranks
+    ]
 
 
 def _is_complete(event: Any) -> bool:

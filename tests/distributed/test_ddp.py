@@ -260,6 +260,31 @@ def test_the_order_is_the_same_on_ranks_whose_gradients_come_in_different_orders
     assert_equal(averages, {key: (own[key] + other_own[key]) / 2 for key in own})
 
 
+SIZES_OF_SHARING = {"bucketed": (1e-6, None), "torch": (1e-6, None)}
+
+
+@functools.cache
+def shared() -> list[dict[tuple, Any]]:
+    """Of each rank, by wrapper and bucket size, averages and own gradients by how memory was shared."""
+    cases = [(name, size) for name in NAMES for size in SIZES_OF_SHARING.get(name, (None,))]
+    return [dict(zip(cases, rank, strict=True)) for rank in launch(workers.share, cases, world_size=2)]
+
+
+@named(*NAMES)
+def test_gradients_that_lie_in_the_memory_of_others_are_averaged_and_spoil_none(name: str) -> None:
+    for size in SIZES_OF_SHARING.get(name, (None,)):
+        first, other = (rank[name, size] for rank in shared())
+        for how in workers.SHARING:
+            (averages, own), (other_averages, other_own) = first[how], other[how]
+            assert_equal(averages, {key: (own[key] + other_own[key]) / 2 for key in own})
+            assert_equal(other_averages, averages)
+
+
+def test_after_construction_buffers_are_each_ranks_own() -> None:
+    found = launch(workers.count, NAMES, world_size=2)
+    assert found == [dict.fromkeys(NAMES, 3.0), dict.fromkeys(NAMES, 6.0)]
+
+
 # What a rank lacks ---------------------------------------------------------------------------------------------------
 
 

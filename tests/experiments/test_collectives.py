@@ -183,6 +183,34 @@ def test_what_takes_a_share_of_the_links_speed_reaches_that_share_of_its_bound(s
         assert row["std_ms"] > 0
 
 
+def message_ms(case: Case, name: str, bytes_per_s: float) -> list[list[float]]:
+    size = case.array_bytes if name == collectives.ALL_WHOLE else case.array_bytes / case.world_size
+    return [[1e3 * size / bytes_per_s] * case.rounds] * 2
+
+
+def test_the_bound_is_by_the_fastest_message_that_is_sent_while_one_comes(store: Store) -> None:
+    case = case_of(10, 4)
+    for fastest in (collectives.BOTH_WAYS, collectives.ALL_AT_ONCE, collectives.ALL_WHOLE):
+        record = record_for(case)
+        ranks_ms = record.measurement.values["ranks_ms"]
+        ranks_ms[fastest] = message_ms(case, fastest, 3 * LINK_BYTES_PER_S)
+        ranks_ms[collectives.ONE_WAY] = message_ms(case, collectives.ONE_WAY, 5 * LINK_BYTES_PER_S)
+        rows = collectives.summarise([record], None, store=store).set_index("operation")
+        usual = collectives.summarise([record_for(case)], None, store=store).set_index("operation")
+        faster = usual["bound_ms"] / rows["bound_ms"]
+        assert faster["broadcast"] == pytest.approx(5)  # the root only sends
+        assert faster.drop("broadcast").tolist() == pytest.approx([3] * (len(OPERATIONS) - 1))
+
+
+def test_the_bound_of_a_record_is_the_same_whatever_others_there_are(store: Store) -> None:
+    small, large = record_for(case_of(1, 4)), record_for(case_of(100, 4))
+    ranks_ms = large.measurement.values["ranks_ms"]
+    for name in ranks_ms.keys() & collectives.LINKS.keys():
+        ranks_ms[name] = message_ms(case_of(100, 4), name, 3 * LINK_BYTES_PER_S)
+    alone, beside = (collectives.summarise(each, None, store=store) for each in ([small], [small, large]))
+    assert beside["bound_ms"][: len(alone)].tolist() == alone["bound_ms"].tolist()
+
+
 def test_what_was_published_stands_beside_the_librarys_all_reduce_alone(store: Store) -> None:
     reference = store.reference("all_reduce_gloo_cpu").set_index(["megabytes", "world_size"])["seconds"]
     rows = collectives.summarise([record_for(case_of(10, 4)), record_for(case_of(11, 4))], None, store=store)

@@ -16,12 +16,13 @@ from ddp_workers import toy
 from profile_records import FINGERPRINT, PEAKS, record_of
 
 from cs336_systems.bench.records import Measurement, case_key, missing_record
-from cs336_systems.bench.sweep import OutOfMemory
+from cs336_systems.bench.sweep import AVAILABLE, OutOfMemory
 from cs336_systems.distributed.ddp import BYTES_PER_MB, buckets_of
 from cs336_systems.distributed.launch import RankFailed
 from cs336_systems.errors import UserError
 from cs336_systems.experiments import data_parallel
 from cs336_systems.experiments.data_parallel import Case
+from cs336_systems.experiments.data_parallel_memory import gradient_bytes, without_room
 from cs336_systems.experiments.data_parallel_ranks import (
     ALONE,
     AT_ONCE,
@@ -30,7 +31,9 @@ from cs336_systems.experiments.data_parallel_ranks import (
     replica_of,
     variant_name,
 )
+from cs336_systems.experiments.data_parallel_together import measurement_of
 from cs336_systems.model import build_model
+from cs336_systems.profiling.overlap import Overlap
 
 pytestmark = [
     pytest.mark.problem("naive_ddp_benchmarking"),
@@ -220,6 +223,10 @@ def calls_on_ranks(name: str) -> list[int]:
     return [rank["recorded"][name]["calls"] for rank in measured()[1].values["ranks"]]
 
 
+def reductions_on_ranks(name: str) -> list[int]:
+    return [rank["recorded"][name]["reductions"] for rank in measured()[1].values["ranks"]]
+
+
 @pytest.mark.distributed
 def test_every_variant_has_its_samples_and_each_is_of_the_slowest_rank() -> None:
     case, measurement, _ = measured()
@@ -231,9 +238,14 @@ def test_every_variant_has_its_samples_and_each_is_of_the_slowest_rank() -> None
     assert {len(taken) for taken in times.values()} == {case.rounds}
     assert all(value > 0 for name in names for value in times[f"{name} step_ms"])
     for name in names:
-        for time in TIMES:
-            ranks = [rank["times"][name][time] for rank in measurement.values["ranks"]]
-            assert times[f"{name} {time}"] == [max(taken) for taken in zip(*ranks, strict=True)]
+        of_ranks = [rank["times"][name] for rank in measurement.values["ranks"]]
+        for time in TIMES[:2]:
+            assert times[f"{name} {time}"] == [
+                max(taken) for taken in zip(*(each[time] for each in of_ranks), strict=True)
+            ]
+        for turn, finish in enumerate(times[f"{name} finish_ms"]):
+            backward_ends = max(each["gradients_ms"][turn] - each["finish_ms"][turn] for each in of_ranks)
+            assert finish == pytest.approx(times[f"{name} gradients_ms"][turn] - backward_ends)
         steps, gradients, finish = (times[f"{name} {time}"] for time in TIMES)
         assert all(a >= b >= c for a, b, c in zip(steps, gradients, finish, strict=True))
     assert json.loads(json.dumps(measurement.values)) == measurement.values
@@ -243,6 +255,10 @@ def test_every_variant_has_its_samples_and_each_is_of_the_slowest_rank() -> None
 def test_wrappers_call_once_per_parameter_once_for_all_or_once_per_bucket() -> None:
     parameters = list(build_model(narrow_case().config).parameters())
     telling = 1  # which gradients there are
+    for name in ("naive", "flat", "overlapped", variant_name("bucketed", SMALL_MB)):
+        assert reductions_on_ranks(name) == [calls - telling for calls in calls_on_ranks(name)]
+    assert reductions_on_ranks(OWN) == [len(parameters)] * 2
+    assert reductions_on_ranks("torch 25 MB") == [1] * 2  # of buckets that were arranged anew after the first step
     assert calls_on_ranks("naive") == [len(parameters) + telling] * 2
     assert calls_on_ranks("flat") == [1 + telling] * 2
     assert calls_on_ranks("overlapped") == [len(parameters) + telling] * 2
@@ -303,17 +319,16 @@ def test_a_wrapper_that_is_none_is_a_users_error() -> None:
         data_parallel.measure(narrow_case(wrappers=("own_wrappers:Unfinished",)), lambda _: None)
 
 
-def least_bytes(case: Case, monkeypatch: pytest.MonkeyPatch) -> int:
-    """The least memory with which a case is not refused."""
+def least_bytes(case: Case, left_out: int = 0) -> int:
+    """The least memory with which so many wrappers have no room."""
     low, high = 0, 2**50
     while low < high:
         available = (low + high) // 2
-        monkeypatch.setattr(data_parallel, "available_bytes", lambda _, there=available: there)
         try:
-            data_parallel.require_memory(case)
-            high = available
+            fits = len(without_room(case, available)) <= left_out
         except OutOfMemory:
-            low = available + 1
+            fits = False
+        low, high = (low, available) if fits else (available + 1, high)
     return low
 
 
@@ -327,11 +342,57 @@ def test_what_cannot_fit_is_told_with_ranks_and_bytes_before_it_is_built(monkeyp
         data_parallel.measure(dataclasses.replace(case, device="cuda"), lambda _: None)
 
 
-def test_ranks_share_the_memory_of_a_cpu_and_have_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_share_the_memory_of_a_cpu_and_have_a_gpu_each() -> None:
     two, four = (case_of(world_size=ranks) for ranks in (2, 4))
-    assert least_bytes(four, monkeypatch) == 2 * least_bytes(two, monkeypatch) > 0
-    on_gpus = {least_bytes(dataclasses.replace(case, device="cuda"), monkeypatch) for case in (two, four)}
-    assert on_gpus == {least_bytes(two, monkeypatch) // 2}
+    assert least_bytes(four) == 2 * least_bytes(two) > 0
+    on_gpus = {least_bytes(dataclasses.replace(case, device="cuda")) for case in (two, four)}
+    assert on_gpus == {least_bytes(two) // 2}
+
+
+def test_a_set_of_gradients_is_planned_for_buffers_and_one_more_for_what_pytorchs_wrapper_keeps() -> None:
+    gradients = 2 * gradient_bytes(case_of())  # of two ranks
+    sets = {
+        ("naive",): 4,
+        ("naive", OWN): 4,
+        ("naive", "flat"): 5,
+        ("flat", "overlapped", "bucketed"): 5,
+        ("torch",): 5,
+        data_parallel.WRAPPERS: 6,
+    }
+    for wrappers, expected in sets.items():
+        assert least_bytes(case_of(wrappers=wrappers)) == expected * gradients
+
+
+def test_where_not_all_fit_pytorchs_wrapper_is_left_out_first_then_those_that_need_a_buffer() -> None:
+    case = case_of()
+    everything = least_bytes(case)
+    gradients = 2 * gradient_bytes(case)
+    assert without_room(case, everything) == {}
+    assert set(without_room(case, everything - 1)) == {"torch"}
+    assert set(without_room(case, everything - gradients - 1)) == {"torch", "flat", "overlapped", "bucketed"}
+    with pytest.raises(OutOfMemory):
+        without_room(case, everything - 2 * gradients - 1)
+    with pytest.raises(OutOfMemory):
+        without_room(dataclasses.replace(case, wrappers=("torch",)), everything - gradients - 1)
+
+
+@pytest.mark.distributed
+def test_wrappers_without_room_are_told_and_the_others_measured_at_the_same_sizes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    case = narrow_case(wrappers=("naive", "bucketed", "torch"), buckets_mb=(1,))
+    available = least_bytes(case) - 1
+    monkeypatch.setattr(data_parallel, "available_bytes", lambda _: available)
+    parts: list[float] = []
+    measurement = data_parallel.measure(case, parts.append)
+    rows = by_variant(record_of("data_parallel", case, measurement))
+    assert list(rows.index) == [ALONE, "naive", "bucketed 1 MB", "bucketed 25 MB", "torch 25 MB"]
+    assert rows["status"].tolist() == ["ok"] * 4 + ["oom"]
+    assert "are available" in rows["reason"]["torch 25 MB"]
+    assert rows["mean_ms"].notna().tolist() == [True] * 4 + [False]
+    assert rows["wrong"][1:4].tolist() == [[]] * 3
+    assert measurement.values[AVAILABLE] == available
+    assert parts[-1] == 1
 
 
 # Predictions ---------------------------------------------------------------------------------------------------
@@ -382,25 +443,32 @@ def test_what_is_exposed_is_the_difference_of_the_means() -> None:
     assert rows["std_ms"].tolist() == pytest.approx([1.0] * len(rows))
 
 
-def test_the_model_has_the_constants_of_the_record_and_the_calls_of_each_wrapper() -> None:
+def test_the_model_has_the_constants_of_the_record_and_the_buckets_of_each_wrapper() -> None:
     rows = by_variant(record_for(case_of(wrappers=(*data_parallel.WRAPPERS, OWN))))
+    # One bucket: all its bytes and one call, although ours makes another of a byte per parameter.
+    whole = 1e3 * (GRADIENT_BYTES / COST.bytes_per_s + COST.seconds_per_call)
+    assert rows["modelled_ms"]["bucketed 100 MB"] == pytest.approx(whole)
     assert rows["bytes_per_s"].tolist() == pytest.approx([COST.bytes_per_s] * len(rows))
     assert rows["seconds_per_call"].tolist() == pytest.approx([COST.seconds_per_call] * len(rows))
     for name in ("naive", "flat"):
-        assert rows["modelled_ms"][name] == pytest.approx(1e3 * COST.in_turn_s(GRADIENT_BYTES, rows["calls"][name]))
+        assert rows["modelled_ms"][name] == pytest.approx(
+            1e3 * COST.in_turn_s(GRADIENT_BYTES, rows["reductions"][name])
+        )
     for name in ("overlapped", "bucketed 1 MB", "bucketed 100 MB", "torch 25 MB"):
-        assert rows["modelled_ms"][name] == pytest.approx(1e3 * COST.overlapped_s(GRADIENT_BYTES, rows["calls"][name]))
+        assert rows["modelled_ms"][name] == pytest.approx(
+            1e3 * COST.overlapped_s(GRADIENT_BYTES, rows["reductions"][name])
+        )
     assert rows.loc[[ALONE, OWN], "modelled_ms"].isna().all()
 
 
 def test_the_overlapped_share_is_of_the_communication_of_all_ranks() -> None:
     record = record_for(case_of())
     ranks = json.loads(json.dumps(record.measurement.values["ranks"]))
-    ranks[0]["recorded"]["overlapped"] |= {"communication_ms": 30.0, "overlapped_ms": 30.0, "calls": 40}
-    ranks[1]["recorded"]["overlapped"] |= {"communication_ms": 10.0, "overlapped_ms": 0.0, "calls": 60}
+    ranks[0]["recorded"]["overlapped"] |= {"communication_ms": 30.0, "overlapped_ms": 30.0, "reductions": 40}
+    ranks[1]["recorded"]["overlapped"] |= {"communication_ms": 10.0, "overlapped_ms": 0.0, "reductions": 60}
     record.measurement.values["ranks"] = ranks
     row = by_variant(record).loc["overlapped"]
-    assert (row["overlapped"], row["communication_ms"], row["calls"]) == (0.75, 20.0, 50)
+    assert (row["overlapped"], row["communication_ms"], row["reductions"]) == (0.75, 20.0, 50)
     assert len(row["recorded"]) == 2
 
 
@@ -426,7 +494,7 @@ def test_a_record_without_times_keeps_its_rows_and_their_floor(status: str) -> N
         "median_ms",
         "finish_ms",
         "exposed_ms",
-        "calls",
+        "reductions",
         "overlapped",
         "modelled_ms",
     ]
@@ -458,13 +526,72 @@ def test_averaged_gradients_are_those_of_one_process_to_rounding_and_the_same_bi
     assert 0 < max(each["relative_error"] for each in checked.values()) < 10 * eps
 
 
+WRONGS = {
+    "NoAverage": {"ranks differ", "too far off"},
+    "AnotherBit": {"ranks differ"},
+    "NotDivided": {"too far off"},
+    "LacksOne": {"a gradient is missing or too many"},
+    "LacksOneOnTheLastRank": {"ranks differ", "a gradient is missing or too many"},
+    "LacksAll": {"a gradient is missing or too many", "too far off"},
+    "NoNumber": {"too far off"},
+}
+"""Of each wrong wrapper what is the matter."""
+
+
 @pytest.mark.distributed
-@pytest.mark.parametrize("wrong", ["NoAverage", "AnotherBit"])
-def test_a_wrapper_whose_gradients_are_wrong_is_found_out(wrong: str) -> None:
-    name = f"wrong_wrappers:{wrong}"
-    case = narrow_case(wrappers=("naive", name), warmup=0, rounds=1)
-    checked = data_parallel.measure(case, lambda _: None).values["checked"]
-    assert not checked[name]["ranks_equal"]
-    assert checked["naive"]["ranks_equal"]
-    eps = torch.finfo(torch.float32).eps
-    assert (checked[name]["relative_error"] > 1e3 * eps) == (wrong == "NoAverage")
+def test_wrappers_whose_gradients_are_wrong_are_found_out_each_for_its_cause() -> None:
+    names = {f"wrong_wrappers:{name}": causes for name, causes in WRONGS.items()}
+    case = narrow_case(wrappers=("naive", *names), warmup=0, rounds=1)
+    record = record_of("data_parallel", case, data_parallel.measure(case, lambda _: None))
+    json.dumps(record.measurement.values, allow_nan=False)
+    found = by_variant(record)["wrong"]
+    assert found["naive"] == []
+    assert {name: set(found[name]) for name in names} == names
+
+
+@pytest.mark.distributed
+def test_under_autocast_gradients_are_right_within_the_rounding_of_its_products() -> None:
+    case = narrow_case(wrappers=("naive",), autocast="bfloat16")
+    row = by_variant(record_of("data_parallel", case, data_parallel.measure(case, lambda _: None))).loc["naive"]
+    assert row["wrong"] == []
+    assert data_parallel.MOST_OFF["none"] < row["relative_error"] < data_parallel.MOST_OFF["bfloat16"]
+
+
+# Ranks side by side ---------------------------------------------------------------------------------------------
+
+
+def of_rank(name: str, backward_ms: float, gradients_ms: float, calls: tuple, compute: tuple) -> dict[str, Any]:
+    """What a rank gives of one round."""
+    times = {"step_ms": [gradients_ms + 1], "gradients_ms": [gradients_ms], "finish_ms": [gradients_ms - backward_ms]}
+    return {
+        "times": {ALONE: times, name: times},
+        "recorded": {name: Overlap(compute, calls, len(calls))},
+        "reductions": {name: None},
+        "checked": {name: {"relative_error": backward_ms, "same_parameters": True, "ranks_equal": True}},
+        "reductions_ms": {ONE_NUMBER: [1.0], AT_ONCE: [2.0]},
+        "gradient_bytes": 8,
+        "gradients": 2,
+    }
+
+
+def test_waiting_for_a_slower_rank_is_neither_finishing_nor_communicating() -> None:
+    # The first is done with its backward at 10 and waits until 50; both communicate from then until 60.
+    fast = of_rank("naive", 10.0, 60.0, ((10.0, 60.0),), ((0.0, 40.0),))
+    slow = of_rank("naive", 50.0, 60.0, ((50.0, 60.0),), ((0.0, 50.0),))
+    for ranks in ([fast, slow], [slow, fast]):
+        values = measurement_of(["naive"], ranks).values
+        assert values["parts_ms"]["naive finish_ms"] == [10.0]
+        assert values["checked"]["naive"]["relative_error"] == 50.0
+        for rank in values["ranks"]:
+            found = rank["recorded"]["naive"]
+            assert (found["communication_ms"], found["overlapped_ms"]) == (10.0, 0.0)
+            assert found["communication_spans_ms"] == [[50.0, 60.0]]
+            assert found["is_matched"]
+
+
+def test_calls_of_ranks_that_made_different_numbers_are_left_as_they_were_seen() -> None:
+    one = of_rank("naive", 10.0, 60.0, ((10.0, 60.0),), ((0.0, 40.0),))
+    two = of_rank("naive", 50.0, 60.0, ((50.0, 52.0), (54.0, 60.0)), ((0.0, 50.0),))
+    found = [rank["recorded"]["naive"] for rank in measurement_of(["naive"], [one, two]).values["ranks"]]
+    assert [each["communication_ms"] for each in found] == [50.0, 8.0]
+    assert [each["is_matched"] for each in found] == [False, False]

@@ -73,7 +73,7 @@ def test_the_table_has_a_row_for_a_rank_alone_and_for_every_variant() -> None:
         "alone", "naive", "flat", "overlapped", "bucketed 1 MB", "bucketed 10 MB", "bucketed 25 MB", "bucketed 100 MB",
         "torch 25 MB",
     ]  # fmt: skip
-    assert cells(table, "calls")[1:4] == ["50.0", "1.00", "50.0"]
+    assert cells(table, "reductions")[1:4] == ["50.0", "1.00", "50.0"]
     assert cells(table, "overlapped")[1:4] == ["0 %", "0 %", "50 %"]
     assert cells(table, "exposed (ms)")[0] == "–"
     assert cells(table, "exposed (ms)") == cells(table, "exposed by the model (ms)")
@@ -128,6 +128,40 @@ def test_predictions_say_what_a_rank_has_and_reduces() -> None:
 def test_machines_are_told_apart_and_none_is_a_sentence() -> None:
     assert isinstance(presentation.elsewhere(pd.DataFrame()), Finding)
     assert set(cells(presentation.elsewhere(summary(record_for(case_of()))), "machine")) == {"toy-1c"}
+
+
+def test_a_wrapper_without_room_is_told_with_its_reason_and_the_others_are_shown() -> None:
+    whole, record = (record_for(case_of()) for _ in range(2))
+    record.measurement.values["left_out"] = {"torch 25 MB": "6 sets need more than 5"}
+    for rank in record.measurement.values["ranks"]:
+        del rank["recorded"]["torch 25 MB"]
+    for values in (record.measurement.samples, record.measurement.values["parts_ms"]):
+        for name in [name for name in values if name.startswith("torch")]:
+            del values[name]
+    del record.measurement.values["checked"]["torch 25 MB"]
+    rows = summary(record)
+    table, before = presentation.table(rows), presentation.table(summary(whole))
+    assert cells(table, "step, mean ± std (ms)")[-1] == "oom"
+    assert cells(table, "step, mean ± std (ms)")[:-1] == cells(before, "step, mean ± std (ms)")[:-1]
+    assert "torch 25 MB of small at context 64 on 2 ranks: `6 sets need more than 5`" in " ".join(table.notes)
+    assert {say for say in SENTENCES if not say(rows)} == {presentation.pytorchs}
+    for figure in FIGURES:
+        assert drawn(figure(rows)).axes
+
+
+def test_a_step_whose_calls_cannot_be_matched_says_so_in_table_and_timeline() -> None:
+    whole, record = (record_for(case_of()) for _ in range(2))
+    for rank in record.measurement.values["ranks"]:
+        rank["recorded"]["overlapped"]["is_matched"] = False
+    before, table = (presentation.table(summary(each)) for each in (whole, record))
+    assert [cell for cell in cells(table, "overlapped") if "‡" in cell] == ["50 % ‡"]
+    assert presentation.UNMATCHED in table.notes
+    assert presentation.UNMATCHED not in before.notes
+    timeline = presentation.timeline(summary(record))
+    assert caption(timeline) == caption(presentation.timeline(summary(whole)))
+    assert [title for title in titles(timeline) if "with their waiting" in title] == [
+        "overlapped, 50 % overlapped, calls with their waiting"
+    ]
 
 
 # Figures -------------------------------------------------------------------------------------------------------
@@ -234,10 +268,62 @@ def test_each_sentence_says_whether_the_record_bears_it_out(say: Any) -> None:
     assert but in plain(fails)
 
 
+@pytest.mark.parametrize("say", [presentation.flat, presentation.overlapped])
+def test_causes_that_only_a_cpu_has_are_not_told_of_gpus(say: Any) -> None:
+    contradicting, *_ = BRANCHES[say]
+    told = {
+        device: plain(say(summary(record_for(case_of(device=device), exposed_ms=contradicting))))
+        for device in ("cpu", "cuda")
+    }
+    assert any(cause in told["cpu"] for cause in ("cores of one machine", "copying all gradients"))
+    assert not any(cause in told["cuda"] for cause in ("cores of one machine", "copying all gradients"))
+
+
+CHECKS: dict[str, tuple[dict[str, Any], str]] = {
+    "ranks": ({"ranks_equal": False}, "; ranks differ with naive."),
+    "missing": ({"same_parameters": False}, "; of naive some gradients are missing"),
+    "error": ({"relative_error": 1.0}, "; those of naive are further off than 839 times"),
+    "no number": ({"relative_error": None}, "; those of naive are further off than 839 times"),
+}
+
+
+@pytest.mark.parametrize("what", CHECKS)
+def test_each_cause_of_wrong_gradients_has_its_own_words(what: str) -> None:
+    changes, told = CHECKS[what]
+    record = record_for(case_of())
+    (holds,) = presentation.right(summary(record))
+    assert holds.holds
+    checked = record.measurement.values["checked"]
+    checked["naive"] = {**checked["naive"], **changes}
+    (found,) = presentation.right(summary(record))
+    assert found.holds is False
+    assert told in plain(found)
+    others = {cause for cause, (_, words) in CHECKS.items() if words != told and words in plain(found)}
+    assert others == set()
+
+
+def test_gradients_of_which_none_can_be_compared_are_told_to_be_so() -> None:
+    record = record_for(case_of(wrappers=("naive",)))
+    record.measurement.values["checked"]["naive"] |= {"relative_error": None, "same_parameters": False}
+    (found,) = presentation.right(summary(record))
+    assert "no averaged gradients can be compared with those of one process" in plain(found)
+    assert found.holds is False
+
+
+def test_under_autocast_gradients_may_be_further_off() -> None:
+    for autocast, holds in (("none", False), ("bfloat16", True)):
+        record = record_for(case_of(autocast=autocast))
+        record.measurement.values["checked"]["naive"] |= {"relative_error": 0.01}
+        (found,) = presentation.right(summary(record))
+        assert found.holds is holds
+
+
 def test_sentences_have_the_numbers_of_the_table() -> None:
     rows = summary(record_for(case_of()))
     by_variant = rows.set_index("variant")
-    assert "takes 270 ms, a rank alone 120 ms; 150 ms or 56 % of it go into 50 calls" in plain(presentation.naive(rows))
+    assert "takes 270 ms, a rank alone 120 ms; 150 ms or 56 % of it go into 50 reductions" in plain(
+        presentation.naive(rows)
+    )
     assert by_variant["mean_ms"][["naive", "alone"]].tolist() == pytest.approx([270, 120])
     assert "averaged in 101 ms, one by one in 150 ms: 1.5 times as long for 50 times the calls" in plain(
         presentation.flat(rows)

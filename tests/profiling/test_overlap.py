@@ -14,7 +14,7 @@ from traces import MAIN, event, named, operator, written
 
 from cs336_systems.distributed.launch import launch
 from cs336_systems.errors import UserError
-from cs336_systems.profiling.overlap import Overlap, Span, common, length_of, merged, read_overlap
+from cs336_systems.profiling.overlap import Overlap, Span, common, length_of, merged, read_overlap, without_waiting
 
 pytestmark = pytest.mark.problem("ddp_overlap_individual_parameters_benchmarking")
 
@@ -106,7 +106,7 @@ def test_on_a_cpu_operators_compute_and_the_threads_of_gloo_communicate(tmp_path
         (0.4, 0.7),
         (0.95, 1.0),
     )
-    assert found.calls == 3
+    assert found.all_reduces == len(found.calls) == 3
     assert found.communication_ms == pytest.approx(0.35)
     assert found.overlapped_ms == pytest.approx(0.1 + 0.05)
 
@@ -120,8 +120,49 @@ def test_the_order_of_events_in_the_file_does_not_matter(tmp_path: Path) -> None
 
 def test_a_step_that_communicates_nothing_overlaps_nothing(tmp_path: Path) -> None:
     found = read(tmp_path, [each for each in of_cpu() if not each["name"].startswith("gloo")])
-    assert (found.calls, found.communication, found.communication_ms, found.overlapped_ms) == (0, (), 0, 0)
+    assert (found.all_reduces, found.calls, found.communication) == (0, (), ())
+    assert found.communication_ms == found.overlapped_ms == 0
     assert found.compute
+
+
+def test_only_all_reduces_are_counted_and_every_call_communicates(tmp_path: Path) -> None:
+    found = read(tmp_path, [*of_cpu(), named("gloo:broadcast", 1750, 50, GLOO), named("gloo:barrier", 1810, 10, GLOO)])
+    assert found.all_reduces == 3
+    assert len(found.calls) == 5
+    assert (0.75, 0.8) in found.communication
+
+
+# Ranks side by side --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_without_waiting_each_call_begins_with_the_last_rank_and_ends_where_it_ended(seed: int) -> None:
+    numbers = random.Random(seed)
+    begins = sorted(numbers.uniform(0, 100) for _ in range(8))
+    ranks = []
+    for _ in range(3):
+        late = sorted(begin + numbers.uniform(0, 3) for begin in begins)
+        ranks.append(Overlap(((0.0, 50.0),), tuple((begin, begin + 5) for begin in late), len(late)))
+    found = without_waiting(ranks)
+    assert found is not None
+    assert without_waiting(found) == found
+    for before, after in zip(ranks, found, strict=True):
+        assert after.compute == before.compute
+        assert [end for _, end in after.calls] == [end for _, end in before.calls]
+        for call, (begin, end) in enumerate(after.calls):
+            assert begin == min(end, max(rank.calls[call][0] for rank in ranks))
+        assert after.communication_ms <= before.communication_ms
+
+
+def test_what_a_rank_had_ended_before_the_last_began_took_no_time() -> None:
+    root, other = Overlap((), ((0.0, 1.0),), 0), Overlap((), ((2.0, 3.0),), 0)
+    found = without_waiting([root, other])
+    assert found is not None
+    assert [rank.communication_ms for rank in found] == [0.0, 1.0]
+
+
+def test_different_numbers_of_calls_are_not_matched() -> None:
+    assert without_waiting([Overlap((), ((0.0, 1.0),), 1), Overlap((), (), 0)]) is None
 
 
 # A GPU's trace -------------------------------------------------------------------------------------------------
@@ -153,7 +194,7 @@ def test_on_a_gpu_kernels_of_nccl_communicate_and_all_others_compute(tmp_path: P
         (0.6, 0.61),
     )
     assert found.communication == ((0.2, 0.5),)
-    assert found.calls == 1
+    assert found.all_reduces == len(found.calls) == 1
     assert found.overlapped_ms == pytest.approx(0.1 + 0.05)
 
 
@@ -224,7 +265,7 @@ def test_a_file_that_is_not_there_is_an_error_that_names_it(tmp_path: Path) -> N
 def test_a_reduction_begun_before_the_products_overlaps_and_one_after_them_does_not(tmp_path: Path) -> None:
     for rank in launch(overlap_workers.recorded, str(tmp_path), world_size=2):
         after, during = (rank[way] for way in overlap_workers.WAYS)
-        assert after.calls == during.calls == 1
+        assert after.all_reduces == during.all_reduces == 1
         assert after.communication_ms > 0
         assert after.overlapped_ms == 0
         assert 0 < during.overlapped_ms <= during.communication_ms

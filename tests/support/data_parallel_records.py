@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -33,8 +34,8 @@ def narrow_case(**changes: Any) -> Case:
     return Case(**{**dataclasses.asdict(NARROW), **chosen, **changes})
 
 
-def calls_of(wrapper: str, bucket_mb: float | None) -> int:
-    """Of the made-up model, without the one that tells which gradients there are."""
+def reductions_of(wrapper: str, bucket_mb: float | None) -> int:
+    """Reductions of gradients of the made-up model."""
     if bucket_mb is not None:
         return math.ceil(GRADIENT_BYTES / (bucket_mb * BYTES_PER_MB))
     return 1 if wrapper == "flat" else GRADIENTS
@@ -50,13 +51,15 @@ def record_for(
     samples = _times(ALONE, 0.0)
     recorded: dict[str, Any] = {}
     for wrapper, bucket_mb in case.variants:
-        name, calls = variant_name(wrapper, bucket_mb), calls_of(wrapper, bucket_mb)
+        name, calls = variant_name(wrapper, bucket_mb), reductions_of(wrapper, bucket_mb)
         after = wrapper in ("naive", "flat")
         modelled_s = (COST.in_turn_s if after else COST.overlapped_s)(GRADIENT_BYTES, calls)
         samples |= _times(name, exposed_ms.get(name, 1e3 * modelled_s))
         communication_ms = 1e3 * COST.in_turn_s(GRADIENT_BYTES, calls)
         recorded[name] = {
-            "calls": calls,
+            "calls": calls + 1,  # that which tells which gradients there are
+            "reductions": calls,
+            "is_matched": True,
             "communication_ms": communication_ms,
             "overlapped_ms": 0.0 if after else 0.5 * communication_ms,
             "compute_spans_ms": [[0.0, ALONE_MS], [ALONE_MS + communication_ms, ALONE_MS + communication_ms + 1]],
@@ -68,10 +71,10 @@ def record_for(
     right = {"relative_error": 1e-7, "same_parameters": True, "ranks_equal": True}
     values = {
         "parts_ms": {name: taken for name, taken in samples.items() if name not in steps},
-        "checked": dict.fromkeys(recorded, right),
+        "checked": {name: dict(right) for name in recorded},
         "gradient_bytes": GRADIENT_BYTES,
         "gradients": GRADIENTS,
-        "ranks": [{"times": {}, "recorded": recorded}] * case.world_size,
+        "ranks": [{"times": {}, "recorded": copy.deepcopy(recorded)} for _ in range(case.world_size)],
     }
     return record_of("data_parallel", case, Measurement(steps, values), **changes)
 

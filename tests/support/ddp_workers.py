@@ -252,6 +252,91 @@ def crossed(rank: Rank, name: str, bucket_size_mb: float | None) -> tuple[list[s
     return order, [event for event in events if event[0] == "reduce"], gradients_of(module), own
 
 
+# Gradients that share memory --------------------------------------------------------------------------------------
+
+SHARING: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "view": lambda h, w, v: h + w.view(-1) + v.view(-1),
+    "cat": lambda h, w, v: torch.cat([h, h]) + torch.cat([w.view(-1), v.view(-1)]),
+    "chunk": lambda h, w, v: torch.stack([*torch.cat([h, h]).chunk(4), *torch.cat([w.view(-1), v.view(-1)]).chunk(4)]),
+    "stack": lambda h, w, v: torch.stack([h, h]) + torch.stack([w.view(-1), v.view(-1)]),
+}
+"""Ways in which backward may give the memory of one gradient to several parameters, of which one is used on."""
+
+
+class Sharing(nn.Module):
+    """The gradient of the last parameter comes first, as a view of what those before it are computed from."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.first, self.w, self.v = (nn.Parameter(torch.ones(3, 4)) for _ in range(3))
+
+    def forward(self, factor: float) -> Tensor:
+        mixed = SHARING[self.how]((self.first * 2).view(-1), self.w, self.v)
+        return (mixed * torch.arange(1.0, 1 + mixed.numel()).view(mixed.shape) * factor).sum()
+
+
+@contextlib.contextmanager
+def _done_at_once() -> Iterator[None]:
+    """Every all-reduce is done when its call returns: the earliest that it may write."""
+    original = dist.all_reduce
+
+    def all_reduce(*arguments: Any, **keywords: Any) -> Any:
+        work = original(*arguments, **keywords)
+        if work is not None:
+            work.wait()
+        return work
+
+    dist.all_reduce = all_reduce
+    try:
+        yield
+    finally:
+        dist.all_reduce = original
+
+
+def share(rank: Rank, cases: list[tuple[str, float | None]]) -> list[dict[str, tuple[dict, dict]]]:
+    """For each wrapper and bucket size, by how memory is shared, the averages and this rank's own gradients."""
+    return [{how: _shared(rank, *case, how) for how in SHARING} for case in cases]
+
+
+def _shared(rank: Rank, name: str, bucket_size_mb: float | None, how: str) -> tuple[dict, dict]:
+    own, module, factor = Sharing(how), Sharing(how), 1.0 + rank.rank
+    own(factor).backward()
+    model: Any = wrap(name, module, bucket_size_mb)
+    with _done_at_once():
+        for _ in range(2):  # PyTorch's reducer arranges its buckets anew after the first
+            model.zero_grad()
+            model(factor).backward()
+            model.finish_gradient_synchronization()
+    return gradients_of(module), gradients_of(own)
+
+
+class Counting(nn.Module):
+    """Counts in a buffer what it has seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.get_buffer("seen").add_(x.sum())
+        return self.linear(x)
+
+
+def count(rank: Rank, names: tuple[str, ...]) -> dict[str, float]:
+    """By wrapper what this rank's buffer holds after three steps of a number of its own."""
+    found = {}
+    for name in names:
+        model: Any = wrap(name, Counting())
+        for _ in range(3):
+            model(torch.full((1, 1), 1.0 + rank.rank).expand(1, 2) / 2).sum().backward()
+            model.finish_gradient_synchronization()
+            model.zero_grad()
+        found[name] = float(model.module.get_buffer("seen"))
+    return found
+
+
 # What is not used -------------------------------------------------------------------------------------------------
 
 EXPERTS = ("a", "b", "c")

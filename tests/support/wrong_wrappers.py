@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -33,3 +35,49 @@ class AnotherBit(NaiveDDP):
         gradient = next(self.module.parameters()).grad
         if dist.get_rank() == 1 and gradient is not None:
             gradient.view(-1).view(torch.int32)[3] ^= 1
+
+
+class NotDivided(NaiveDDP):
+    """Sums."""
+
+    def finish_gradient_synchronization(self) -> None:
+        super().finish_gradient_synchronization()
+        for each in self.module.parameters():
+            if each.grad is not None:
+                each.grad *= dist.get_world_size()
+
+
+class LacksOne(NaiveDDP):
+    """Averages, and loses one gradient, on every rank."""
+
+    def finish_gradient_synchronization(self) -> None:
+        super().finish_gradient_synchronization()
+        next(self.module.parameters()).grad = None
+
+
+class LacksOneOnTheLastRank(NaiveDDP):
+    """Averages, and loses one gradient on the last rank."""
+
+    def finish_gradient_synchronization(self) -> None:
+        super().finish_gradient_synchronization()
+        if dist.get_rank() == dist.get_world_size() - 1:
+            next(self.module.parameters()).grad = None
+
+
+class LacksAll(NaiveDDP):
+    """Loses every gradient."""
+
+    def finish_gradient_synchronization(self) -> None:
+        super().finish_gradient_synchronization()
+        for each in self.module.parameters():
+            each.grad = None
+
+
+class NoNumber(NaiveDDP):
+    """Averages, and makes one number none."""
+
+    def finish_gradient_synchronization(self) -> None:
+        super().finish_gradient_synchronization()
+        gradient = next(self.module.parameters()).grad
+        if gradient is not None:
+            gradient.view(-1)[0] = math.nan
