@@ -163,17 +163,19 @@ def _closure(waiting: list[str]) -> set[str]:
 
 
 def _is_experiment(name: str) -> bool:
-    """Whether a module is one, and not what another runs on its ranks."""
+    """Whether a module is one, and not a part of one."""
     return name.startswith(f"{PACKAGE}.experiments.") and hasattr(importlib.import_module(name), "measure")
 
 
 def _measured_imports(experiment: ModuleType) -> list[str]:
-    """The imports of an experiment, less those of other experiments that its `measure` does not name."""
+    """The imports of an experiment, its parts too, less other experiments that its `measure` does not name."""
     named = names_in(function_with_callees(experiment.measure))
     return [
         name
         for name in imported_modules(Path(str(experiment.__file__)))
-        if not name.startswith(f"{PACKAGE}.experiments") or name.rpartition(".")[2] in named
+        if not name.startswith(f"{PACKAGE}.experiments")
+        or name.rpartition(".")[2] in named
+        or name.startswith(f"{experiment.__name__}_")
     ]
 
 

@@ -1,7 +1,8 @@
 """One measured thing each: `Case`, `grid()`, `measure()`, `summarise()`; `presentation/` shows what they summarise.
 
 An experiment is a module; its parameters are the keyword arguments of its `grid`, whose defaults are a laptop's.
-Records are keyed by the module's name. What an experiment runs on several ranks may have a module of its own.
+Records are keyed by the module's name. A long one has parts: `data_parallel_ranks` is what `data_parallel` runs on each
+rank.
 """
 
 from __future__ import annotations
@@ -14,14 +15,11 @@ from typing import Any
 
 from cs336_systems.errors import unknown_name
 
-OF_RANKS = "_ranks"
-"""How a module's name ends that has what an experiment runs on several ranks, and is none itself."""
-
 
 def experiment_names() -> list[str]:
-    """Every experiment there is."""
-    names = (module.name for module in pkgutil.iter_modules(__path__))
-    return sorted(name for name in names if not name.endswith(OF_RANKS))
+    """Every experiment there is; a module whose name goes on where another's ends is a part of that one."""
+    names = [module.name for module in pkgutil.iter_modules(__path__)]
+    return sorted(name for name in names if not any(name.startswith(f"{other}_") for other in names))
 
 
 def load_experiment(name: str) -> ModuleType:

@@ -21,10 +21,10 @@ from cs336_systems.analysis.hardware import Peaks
 from cs336_systems.bench import grid as grids
 from cs336_systems.bench.allocator import available_bytes
 from cs336_systems.bench.machine import resolve_device
+from cs336_systems.bench.ranks import launch_measured
 from cs336_systems.bench.records import Measurement, Record, Store
-from cs336_systems.bench.sweep import AVAILABLE, OnPart, OutOfMemory
+from cs336_systems.bench.sweep import AVAILABLE, OnPart
 from cs336_systems.bench.timing import describe
-from cs336_systems.distributed.launch import RankFailed, launch
 from cs336_systems.distributed.variants import NAMES, WITH_BUCKETS, check_name, load_ddp
 from cs336_systems.errors import UserError
 from cs336_systems.experiments import data_parallel_ranks
@@ -232,19 +232,8 @@ def measure(case: Case, on_part: OnPart) -> Measurement:
         done += 1
         on_part(min(1.0, done / (steps * case.world_size)))
 
-    try:
-        ranks = launch(
-            data_parallel_ranks.train,
-            case,
-            variants,
-            world_size=case.world_size,
-            backend=case.backend,
-            on_report=count,
-        )
-    except RankFailed as error:
-        if error.signal_name == "SIGKILL":
-            raise OutOfMemory(str(error)) from error
-        raise
+    chosen = {"world_size": case.world_size, "backend": case.backend, "on_report": count}
+    ranks = launch_measured(data_parallel_ranks.train, case, variants, **chosen)
     left_out = {variant_name(*each): reasons[each[0]] for each in case.variants if each[0] in reasons}
     measured = measurement_of([variant_name(*each) for each in variants], ranks)
     # With more memory the case is worth another try.

@@ -126,10 +126,13 @@ def rings_table(summary: pd.DataFrame) -> Table:
     return Table.of(pairs, columns, caption=f"Alternate ring beside ring. {caption(summary)}", notes=notes)
 
 
+RATIOS = ("ratio", "bytes_ratio", "messages_ratio")
+
+
 def rings(summary: pd.DataFrame) -> pd.DataFrame:
     """One row per case that has both rings."""
     if not len(summary):
-        return summary
+        return summary.assign(**{name: [] for name in ("ring_ms", "alternate_ms", *RATIOS)})
     first, second = (summary[summary["operation"] == name] for name in (RING, ALTERNATE))
     pairs = first.merge(second[["case", "slowest_ms"]], on="case", suffixes=("", "_alternate"))
     pairs = pairs.rename(columns={"slowest_ms": "ring_ms", "slowest_ms_alternate": "alternate_ms"})
