@@ -128,7 +128,8 @@ def caption(summary: pd.DataFrame) -> str:
     if not len(summary):
         return "No records"
     first = summary.iloc[0]
-    parts = [caption_of(summary, "Data parallel")]
+    parts = [caption_of(summary.assign(threads=None), "Data parallel")]
+    parts += ["one thread for each rank"] if first["device"] == "cpu" else []
     parts += [plural(first["num_layers"], "block")] if summary["num_layers"].nunique() == 1 else []
     parts += [f"context {first['context_length']}"] if summary["context_length"].nunique() == 1 else []
     parts += [plural(first["world_size"], "rank")] if summary["world_size"].nunique() == 1 else []
