@@ -6,6 +6,7 @@ A problem's points are earned when every test of it that this machine can run pa
 from __future__ import annotations
 
 import itertools
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ import jaxtyping
 import pytest
 import torch
 
+from cs336_systems.bench.machine import usable_cores
 from cs336_systems.bench.records import Store
 from cs336_systems.repository import repository_root
 from cs336_systems.workbook.index import YEARS, load_index
@@ -44,6 +46,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what it runs in the background
         signal.signal(signal.SIGINT, signal.default_int_handler)  # else no child could be interrupted by a test
+    if hasattr(config, "workerinput"):  # several workers with all threads each would only wait for one another
+        threads = max(1, usable_cores() // config.workerinput["workercount"])
+        torch.set_num_threads(threads)
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # for what a test starts
     config.stash[OUTCOMES] = {}
 
 

@@ -24,6 +24,7 @@ from cs336_systems.bench.report import (
     beginning,
     bytes_in_words,
     figure_style,
+    logarithmic,
     number,
     percent,
     plural,
@@ -209,7 +210,8 @@ def _draw_overhead(rows: pd.DataFrame) -> Figure:
                 least_ms = 1e3 * cost.overlapped_s(total, total / best)
                 panel.plot([best / BYTES_PER_MB], [least_ms], color=BOUND, marker="*", markersize=11, linestyle="none",
                            label="its best size")  # fmt: skip
-            panel.set(xscale="log", xlabel="size of a bucket (MB)", ylabel="exposed (ms)", title=_case_name(first))
+            logarithmic(panel.xaxis)
+            panel.set(xlabel="size of a bucket (MB)", ylabel="exposed (ms)", title=_case_name(first))
             panel.legend()
     return drawing
 
