@@ -64,6 +64,9 @@ _MAIN_THREAD = "Current thread"
 _PLACE = re.compile(r'^  File "(.*)", line (\d+) in ', re.MULTILINE)
 _LIBRARY = "/torch/distributed/"
 """In stacks as faulthandler writes them: the main thread last, its innermost call first."""
+LONGEST_TEMPORARY = 70
+"""Bytes of the path of the folder for temporary files below which the server can have its socket: else ranks are not
+forked, and each imports PyTorch anew."""
 MOST_OUTPUT = 20_000
 """Characters of a rank's output that are told, from its end."""
 _PRELOADED = ("torch._dynamo",)
@@ -254,8 +257,9 @@ class _Ranks:
             pickled = pickle.dumps(self._job)
         except Exception as error:
             raise UserError(f"the arguments of {self._job.function} cannot be sent: {first_line(error)}") from error
-        context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
-        if sys.platform == "linux":
+        is_forked = sys.platform == "linux" and len(os.fsencode(tempfile.gettempdir())) <= LONGEST_TEMPORARY
+        context = multiprocessing.get_context("forkserver" if is_forked else "spawn")
+        if is_forked:
             context.set_forkserver_preload([run_rank.__module__, *_PRELOADED])
         folder = Path(self._folder.name)
         environ = {**os.environ, **_only_loopback()}

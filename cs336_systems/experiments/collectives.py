@@ -46,13 +46,13 @@ from cs336_systems.analysis.published import PublishedAllReduce
 from cs336_systems.bench import grid as grids
 from cs336_systems.bench.allocator import available_bytes
 from cs336_systems.bench.machine import resolve_device, usable_cores
-from cs336_systems.bench.ranks import launch_measured
+from cs336_systems.bench.ranks import lack_of_memory_told
 from cs336_systems.bench.records import Measurement, Record, Store
 from cs336_systems.bench.report import bytes_in_words
 from cs336_systems.bench.sweep import OnPart, OutOfMemory
 from cs336_systems.bench.timing import no_garbage_collection, synchronize
 from cs336_systems.distributed.collectives import COLLECTIVES, Buffers, exchange, scratch_elements
-from cs336_systems.distributed.launch import TIMEOUT_S, RankFailed
+from cs336_systems.distributed.launch import TIMEOUT_S, RankFailed, launch
 from cs336_systems.distributed.rank import BACKENDS, Rank
 from cs336_systems.errors import UserError, unknown_name
 
@@ -242,9 +242,16 @@ def measure(case: Case, on_part: OnPart) -> Measurement:
     """
     require_memory(case)
     rounds = Rounds(case, on_part)
-    chosen = {"world_size": case.world_size, "backend": case.backend, "timeout_s": timeout_s(case)}
     try:
-        launch_measured(take_part, case, on_report=rounds.add, **chosen)
+        with lack_of_memory_told():
+            launch(
+                take_part,
+                case,
+                world_size=case.world_size,
+                backend=case.backend,
+                timeout_s=timeout_s(case),
+                on_report=rounds.add,
+            )
     except RankFailed as error:
         error.add_note(f"Times of the measured rounds that were finished, in ms: {json.dumps(rounds.ranks_ms())}")
         raise

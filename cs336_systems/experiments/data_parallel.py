@@ -21,10 +21,11 @@ from cs336_systems.analysis.hardware import Peaks
 from cs336_systems.bench import grid as grids
 from cs336_systems.bench.allocator import available_bytes
 from cs336_systems.bench.machine import resolve_device
-from cs336_systems.bench.ranks import launch_measured
+from cs336_systems.bench.ranks import lack_of_memory_told
 from cs336_systems.bench.records import Measurement, Record, Store
 from cs336_systems.bench.sweep import AVAILABLE, OnPart
 from cs336_systems.bench.timing import describe
+from cs336_systems.distributed.launch import launch
 from cs336_systems.distributed.variants import NAMES, WITH_BUCKETS, check_name, load_ddp
 from cs336_systems.errors import UserError
 from cs336_systems.experiments import data_parallel_ranks
@@ -232,8 +233,15 @@ def measure(case: Case, on_part: OnPart) -> Measurement:
         done += 1
         on_part(min(1.0, done / (steps * case.world_size)))
 
-    chosen = {"world_size": case.world_size, "backend": case.backend, "on_report": count}
-    ranks = launch_measured(data_parallel_ranks.train, case, variants, **chosen)
+    with lack_of_memory_told():
+        ranks = launch(
+            data_parallel_ranks.train,
+            case,
+            variants,
+            world_size=case.world_size,
+            backend=case.backend,
+            on_report=count,
+        )
     left_out = {variant_name(*each): reasons[each[0]] for each in case.variants if each[0] in reasons}
     measured = measurement_of([variant_name(*each) for each in variants], ranks)
     # With more memory the case is worth another try.

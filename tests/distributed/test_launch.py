@@ -253,6 +253,18 @@ def test_a_kill_at_any_moment_ends_the_launch_and_the_next_one_works(seed: int) 
     assert launch(workers.summed, 1.0, world_size=2) == [3.0, 3.0]
 
 
+def test_a_long_path_for_temporary_files_is_no_hindrance(tmp_path: Path) -> None:
+    folder = tmp_path / ("long" * 20)
+    folder.mkdir()
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT.replace("rank_workers.telling_a_file, sys.argv[1]", "rank_workers.summed, 1.0"))
+    path = os.pathsep.join([str(Path(workers.__file__).parent), os.environ.get("PYTHONPATH", "")])
+    environ = {**os.environ, "PYTHONPATH": path, "TMPDIR": str(folder)}
+    ended = subprocess.run([sys.executable, str(script)], env=environ, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert list(folder.iterdir()) == []
+
+
 # The parent --------------------------------------------------------------------------------------------------------
 
 PARENT = """

@@ -154,7 +154,7 @@ def test_what_cannot_fit_is_refused_before_any_rank_is_started(store: Store, mon
     case = case_of(1000, 6)
     needed = case.world_size * planned_bytes(case)
     monkeypatch.setattr(collectives, "available_bytes", lambda _: needed - 1)
-    monkeypatch.setattr(collectives, "launch_measured", lambda *_, **__: pytest.fail("a rank was started"))
+    monkeypatch.setattr(collectives, "launch", lambda *_, **__: pytest.fail("a rank was started"))
     record = run_one(store, case)
     assert record.status == "oom"
     assert f"({needed:,} bytes)" in str(record.reason)

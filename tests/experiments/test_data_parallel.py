@@ -334,7 +334,7 @@ def least_bytes(case: Case, left_out: int = 0) -> int:
 
 def test_what_cannot_fit_is_told_with_ranks_and_bytes_before_it_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     case = case_of("medium", world_size=4)
-    monkeypatch.setattr(data_parallel, "launch_measured", lambda *_, **__: pytest.fail("it was built"))
+    monkeypatch.setattr(data_parallel, "launch", lambda *_, **__: pytest.fail("it was built"))
     monkeypatch.setattr(data_parallel, "available_bytes", lambda _: 2**20)
     with pytest.raises(OutOfMemory, match=r"of 4 ranks need at least [\d.]+ GiB, and 1\.00 MiB are available"):
         data_parallel.measure(case, lambda _: None)
