@@ -318,6 +318,11 @@ def published_rows(experiment: str, store: Store | None = None) -> pd.DataFrame:
     return Archive(store or Store.default(), load_index(), own=False).together(experiment)
 
 
+def published_by_any(experiment: str, profile: str, store: Store | None = None) -> pd.DataFrame:
+    """What a profile asks for, of whichever machine has published it: see `Archive.from_any`."""
+    return Archive(store or Store.default(), load_index(), own=False).from_any(experiment, profile)
+
+
 def profile_for(machine: Machine) -> str:
     """The profile of a machine's GPU; the laptop's for a CPU, and for a GPU that has none."""
     gpu = identify_gpu(machine.device_name)
