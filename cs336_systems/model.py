@@ -108,11 +108,16 @@ SIZES: MappingProxyType[str, TransformerConfig] = MappingProxyType(
 )
 
 
-def model_size(name: str) -> TransformerConfig:
-    """The size called `name`; a misspelt one is an error that lists them."""
+def model_size(name: str, **given: float | None) -> TransformerConfig:
+    """The size called `name`, with whatever is given and not None in the place of its own.
+
+    Raises:
+        UserError: a misspelt name, with those that there are; or a value that cannot be.
+    """
     if name not in SIZES:
         raise unknown_name("size", name, SIZES)
-    return SIZES[name]
+    chosen: dict[str, Any] = {field: value for field, value in given.items() if value is not None}
+    return dataclasses.replace(SIZES[name], **chosen)
 
 
 def truncated_normal_(tensor: Tensor, std: float) -> Tensor:

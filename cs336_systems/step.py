@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -128,16 +128,23 @@ class StepConfig:
         """Implementations named by reference, whose source a record depends on beside what every case uses."""
         return tuple(name for name in (self.model, attention_source(self.attention)) if name is not None)
 
+    def as_step(self, **changes: Any) -> StepConfig:
+        """The step alone, without what a subclass says beside it, and with some fields changed.
+
+        Raises:
+            UserError: a value that cannot be.
+        """
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(StepConfig)}
+        return StepConfig(**own | changes)
+
     def __str__(self) -> str:
         return f"{self.size}, context {self.context_length}, {self.phase}"
 
 
-def size_name(config: TransformerConfig) -> str:
-    """The name under which `SIZES` has this model, or "custom"."""
-    for name, size in SIZES.items():
-        if dataclasses.replace(config, context_length=size.context_length) == size:
-            return name
-    return "custom"
+def size_name(config: TransformerConfig, *, but_for: Sequence[str] = ("context_length",)) -> str:
+    """The name under which `SIZES` has this model, whatever the fields of `but_for` are, or "custom"."""
+    theirs = {field: getattr(config, field) for field in but_for}
+    return next((name for name, size in SIZES.items() if dataclasses.replace(size, **theirs) == config), "custom")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -157,7 +157,7 @@ def chosen_config(arguments: argparse.Namespace, context: int) -> TransformerCon
     given = {name: getattr(arguments, name) for name in _DIMENSIONS if getattr(arguments, name) is not None}
     given["context_length"] = context
     if arguments.size is not None:
-        return dataclasses.replace(model_size(arguments.size), **given)
+        return model_size(arguments.size, **given)
     missing = [name for name in ("d_model", "d_ff", "num_layers", "num_heads") if name not in given]
     if missing:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in missing)

@@ -99,8 +99,7 @@ def plan_step(chosen: StepConfig, gpu: str) -> Footprint:
     if gpu != CPU:
         gpu_peaks(gpu)
     # Of a case that says more only the step counts, so that what differs in the rest alone is not followed again.
-    fields = {field.name: getattr(chosen, field.name) for field in dataclasses.fields(StepConfig)}
-    return _planned(StepConfig(**fields | {"device": "cpu"}), gpu)
+    return _planned(chosen.as_step(device="cpu"), gpu)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -175,8 +175,7 @@ def _nothing_fits(axis: Axis, gpu: str, ends_in: str) -> NothingFits:
 
 def _with_length(chosen: StepConfig, axis: Axis, length: int) -> StepConfig:
     """The step of `chosen`, and nothing else that a case may say, at another length."""
-    fields = {field.name: getattr(chosen, field.name) for field in dataclasses.fields(StepConfig)}
-    return StepConfig(**fields | {FIELDS[axis]: length})
+    return chosen.as_step(**{FIELDS[axis]: length})
 
 
 def _births(events: tuple[Event, ...]) -> list[int]:

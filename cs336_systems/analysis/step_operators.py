@@ -87,9 +87,8 @@ def stages_of(chosen: StepConfig) -> tuple[Stage, ...]:
         )
     # A case of an experiment has further fields, which are no part of the step; and neither how products round nor
     # what is compiled changes the trace.
-    values = {field.name: getattr(chosen, field.name) for field in dataclasses.fields(StepConfig)}
     phase = "inference" if chosen.phase == "inference" else "step"
-    whole = StepConfig(**values | {"phase": phase, "float32_matmul": "highest", "compile": "none"})
+    whole = chosen.as_step(phase=phase, float32_matmul="highest", compile="none")
     counted = _counted(whole)
     stages = counted.eager if chosen.compile == "none" else counted.compiled
     by_name = {stage.name: stage for stage in stages}

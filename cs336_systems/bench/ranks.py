@@ -1,9 +1,9 @@
-"""What is measured on several ranks may lack memory, too: then that is the answer, and no failure."""
+"""What is measured on several ranks: as long as its slowest one, and a lack of memory is an answer, not a failure."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from cs336_systems.bench.allocator import is_out_of_memory
 from cs336_systems.bench.sweep import OutOfMemory
@@ -23,3 +23,8 @@ def lack_of_memory_told() -> Iterator[None]:
         if getattr(error, "signal_name", None) == "SIGKILL" or (cause is not None and is_out_of_memory(cause)):
             raise OutOfMemory(str(error)) from error
         raise
+
+
+def slowest_of(ranks: Sequence[Sequence[float]]) -> list[float]:
+    """Of each round the slowest rank's time."""
+    return [max(times) for times in zip(*ranks, strict=True)]

@@ -38,7 +38,7 @@ from cs336_systems.bench.timing import describe, float32_matmul_precision, time_
 from cs336_systems.compilation import blocks_of
 from cs336_systems.experiments import transformer_step
 from cs336_systems.experiments.transformer_step import bound_ms, item_sizes
-from cs336_systems.model import SIZES, TransformerConfig, TransformerLM, model_size
+from cs336_systems.model import TransformerConfig, TransformerLM, model_size
 from cs336_systems.step import BuiltStep, build_step, size_name
 
 LAPTOP_CONTEXTS: Mapping[str, Sequence[int]] = {"tiny": [256]}
@@ -64,10 +64,7 @@ class Case(transformer_step.Case):
         """The name of the size, whatever its context length, blocks and vocabulary, "narrow" or "custom"."""
         if is_of_depth(self):
             return "narrow"
-        own = ((size.num_layers, size.vocab_size) for size in SIZES.values())
-        configs = (dataclasses.replace(self.config, num_layers=layers, vocab_size=words) for layers, words in own)
-        names = map(size_name, configs)
-        return next((name for name in names if name != "custom"), "custom")
+        return size_name(self.config, but_for=("context_length", "num_layers", "vocab_size"))
 
     def __str__(self) -> str:
         return f"{self.size} of {self.num_layers}, context {self.context_length}, {self.checkpointing}"
@@ -107,9 +104,7 @@ def grid(
     timed: dict[str, Any] = {"warmup": warmup, "steps": steps}
     cells: list[grids.Cell[Case]] = []
     for name, lengths in contexts.items():
-        size = model_size(name)
-        given = {"num_layers": layers, "vocab_size": vocab_size}
-        size = dataclasses.replace(size, **{name: value for name, value in given.items() if value is not None})
+        size = model_size(name, num_layers=layers, vocab_size=vocab_size)
         cells += grids.product(
             Case,
             **dataclasses.asdict(size) | {"context_length": lengths},
@@ -280,7 +275,7 @@ def group_sizes(size: str = "xl", seq_len: int = 2048, batch_size: int = 4, auto
     Raises:
         UserError: an unknown size or autocast.
     """
-    config = dataclasses.replace(model_size(size), context_length=seq_len)
+    config = model_size(size, context_length=seq_len)
     eager = [
         analysis.counted(config, policy, batch_size, seq_len, autocast=autocast)
         for policy in ("selective", *(f"every-{group}" for group in range(1, config.num_layers + 1)))

@@ -2,8 +2,8 @@
 
 Problems `distributed_communication_single_node` and `alternate_ring_all_reduce`. One case is a number of ranks and the
 size of an array of float32. In a launch of its own, a round runs everything once, in turn: messages between neighbours,
-the library's collectives, and the two rings of `distributed/collectives.py`. Every call stands between two barriers,
-and every rank times its own; of a call, the time is that of its slowest rank.
+the library's collectives, and the two rings of `distributed/collectives.py`. What a rank does is in
+`collectives_ranks.py`; of a call, the time is that of its slowest rank.
 
 The bound is a ring's, and of the same rounds: the bytes that a ring sends (`analysis/communication.py`) at the best
 bandwidth that any message had which was sent while one came, as in a ring. Those are chunks of s/N bytes between two
@@ -24,15 +24,13 @@ import dataclasses
 import json
 import math
 import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import Any
 
 import pandas as pd
 import torch
-import torch.distributed as dist
 
 from cs336_systems.analysis.communication import (
     ALL_REDUCES,
@@ -46,21 +44,19 @@ from cs336_systems.analysis.published import PublishedAllReduce
 from cs336_systems.bench import grid as grids
 from cs336_systems.bench.allocator import available_bytes
 from cs336_systems.bench.machine import resolve_device, usable_cores
-from cs336_systems.bench.ranks import lack_of_memory_told
+from cs336_systems.bench.ranks import lack_of_memory_told, slowest_of
 from cs336_systems.bench.records import Measurement, Record, Store
 from cs336_systems.bench.report import bytes_in_words
 from cs336_systems.bench.sweep import OnPart, OutOfMemory
-from cs336_systems.bench.timing import no_garbage_collection, synchronize
-from cs336_systems.distributed.collectives import COLLECTIVES, Buffers, exchange, scratch_elements
+from cs336_systems.distributed.collectives import COLLECTIVES, scratch_elements
 from cs336_systems.distributed.launch import TIMEOUT_S, RankFailed, launch
-from cs336_systems.distributed.rank import BACKENDS, Rank
+from cs336_systems.distributed.rank import BACKENDS
 from cs336_systems.errors import UserError, unknown_name
+from cs336_systems.experiments.collectives_ranks import ALL_AT_ONCE, ALL_WHOLE, BOTH_WAYS, ONE_WAY, take_part
 
 MB = 10**6
 OPERATIONS = tuple(COLLECTIVES)
 OTHERS = tuple(name for name in OPERATIONS if name not in ALL_REDUCES)
-ONE_WAY, BOTH_WAYS, ALL_AT_ONCE, ALL_WHOLE = "one way", "both ways", "all at once", "all at once, whole"
-"""The messages of a round: of s/N bytes from rank 0 to 1; between them; from each rank to its right; so of s bytes."""
 LINKS: Mapping[str, str] = MappingProxyType(
     {
         ONE_WAY: "one_way_bytes_per_s",
@@ -74,8 +70,6 @@ RING_LINK = "ring_bytes_per_s"
 """The column of the best of those that were sent while one came; bounds are computed with it."""
 LARGE_BYTES, FEWEST_ROUNDS = 10 * MB, 5
 """Up to which size the rounds are those that are asked for; beyond it they are fewer, but not below these."""
-SIGN_S = 1.0
-"""A rank that was longer than this in a call says that it is at work."""
 PROCESS_BYTES = 50 * 2**20
 """About what a rank has for itself beside its arrays."""
 SLOWEST_BYTES_PER_S = 2e8
@@ -130,6 +124,11 @@ class Case:
     @property
     def array_bytes(self) -> int:
         return 4 * self.length
+
+    @property
+    def scratch_length(self) -> int:
+        """Elements of scratch that the operations share."""
+        return max(scratch_elements(each, self.length, self.world_size) for each in self.operations)
 
     @property
     def messages(self) -> tuple[str, ...]:
@@ -199,14 +198,9 @@ def _too_few_devices(case: Case, count: int) -> str | None:
 # Memory --------------------------------------------------------------------------------------------------------
 
 
-def scratch_of(case: Case) -> int:
-    """Elements of scratch that the operations of a case share."""
-    return max(scratch_elements(each, case.length, case.world_size) for each in case.operations)
-
-
 def planned_bytes(case: Case) -> int:
     """What one rank holds at most: its arrays, and the copy that the library may make of one."""
-    ours = 4 * (case.length + case.length // case.world_size + scratch_of(case))
+    ours = 4 * (case.length + case.length // case.world_size + case.scratch_length)
     copies = {"reduce_scatter", "all_gather"} & set(case.operations)
     return ours + (case.array_bytes if copies else 0) + PROCESS_BYTES
 
@@ -307,86 +301,6 @@ class Rounds:
         return Measurement(slowest, values | {"ranks_ms": ranks_ms, "cores": usable_cores()})
 
 
-# The ranks -----------------------------------------------------------------------------------------------------
-
-
-def take_part(rank: Rank, case: Case) -> None:
-    """What each rank does: check every operation once, then time all of them round by round."""
-    buffers = Buffers.of(case.length, case.world_size, rank.device, scratch=scratch_of(case))
-    calls: dict[str, Callable[[], object]] = {}
-    for name in case.messages:
-        calls[name] = partial(_message, name, buffers)
-    for name in case.operations:
-        try:
-            require_right(name, buffers, rank)
-            calls[name] = partial(COLLECTIVES[name], buffers)
-        except UserError as error:
-            rank.report({"skipped": name, "reason": str(error)})
-    with no_garbage_collection():
-        for number in range(case.warmup + case.rounds):
-            times = {name: timed_ms(call, buffers, rank) for name, call in calls.items()}
-            if rank.rank > 1:
-                times = {name: ms for name, ms in times.items() if name not in (ONE_WAY, BOTH_WAYS)}
-            rank.report({"round": number, "ms": times})
-
-
-def _message(name: str, buffers: Buffers) -> None:
-    """One message of every rank that takes part: to its right, and at the same time from its left."""
-    rank, chunk = dist.get_rank(), buffers.part.numel()
-    if name == ALL_WHOLE:
-        exchange(buffers.whole, buffers.scratch[: buffers.whole.numel()])
-    elif name == ALL_AT_ONCE:
-        exchange(buffers.part, buffers.whole[:chunk])
-    elif rank < 2:
-        sends = name == BOTH_WAYS or rank == 0
-        receives = name == BOTH_WAYS or rank == 1
-        messages = [dist.P2POp(dist.isend, buffers.part, 1 - rank)] if sends else []
-        messages += [dist.P2POp(dist.irecv, buffers.whole[:chunk], 1 - rank)] if receives else []
-        for work in dist.batch_isend_irecv(messages):
-            work.wait()
-
-
-def timed_ms(call: Callable[[], object], buffers: Buffers, rank: Rank) -> float:
-    """One call between two barriers, as this rank sees it; sums do not grow from one to the next."""
-    fill(buffers, rank)
-    synchronize(rank.device.type)
-    dist.barrier()
-    start = time.perf_counter_ns()
-    call()
-    synchronize(rank.device.type)
-    elapsed_ns = time.perf_counter_ns() - start
-    dist.barrier()  # those that are done first would take the others' cores, or memory
-    if elapsed_ns > SIGN_S * 1e9:
-        rank.alive()
-    return elapsed_ns / 1e6
-
-
-def fill(buffers: Buffers, rank: Rank) -> None:
-    """Every number is the rank's own, counted from 1."""
-    buffers.whole.fill_(rank.rank + 1)
-    buffers.part.fill_(rank.rank + 1)
-
-
-def require_right(name: str, buffers: Buffers, rank: Rank) -> None:
-    """Run an operation once, and see that it did what it is called.
-
-    Raises:
-        UserError: the backend does not have it.
-        RuntimeError: its result is another.
-    """
-    fill(buffers, rank)
-    COLLECTIVES[name](buffers)
-    summed = rank.world_size * (rank.world_size + 1) // 2
-    result = buffers.part if name == "reduce_scatter" else buffers.whole
-    rows, expected = [result], [1 if name == "broadcast" else summed]
-    if name == "all_gather":
-        rows, expected = list(result.chunk(rank.world_size)), list(range(1, rank.world_size + 1))
-    for row, value in zip(rows, expected, strict=True):
-        least, most = (float(each) for each in row.aminmax())
-        if not least == most == value:
-            raise RuntimeError(f"{name} gave {least:g} to {most:g} on rank {rank.rank} where {value} is right")
-
-
 # Predicting ----------------------------------------------------------------------------------------------------
 
 
@@ -480,11 +394,6 @@ def times_of(ranks_ms: Sequence[Sequence[float]]) -> dict[str, float]:
         "slowest_ms": statistics.fmean(slowest),
         "slowest_std_ms": statistics.stdev(slowest) if len(slowest) > 1 else math.nan,
     }
-
-
-def slowest_of(ranks_ms: Sequence[Sequence[float]]) -> list[float]:
-    """Of each round the slowest rank's time."""
-    return [max(times) for times in zip(*ranks_ms, strict=True)]
 
 
 def links_of(record: Record, case: Case) -> dict[str, float]:

@@ -41,7 +41,7 @@ from cs336_systems.experiments.data_parallel_ranks import (
 )
 from cs336_systems.experiments.data_parallel_together import measurement_of
 from cs336_systems.experiments.transformer_step import bound_ms
-from cs336_systems.model import SIZES, model_size
+from cs336_systems.model import model_size
 from cs336_systems.object_reference import is_object_reference
 from cs336_systems.step import StepConfig, size_name
 
@@ -109,8 +109,7 @@ class Case(StepConfig):
     @property
     def size(self) -> str:
         """The name of the size, whatever its number of blocks, or "custom"."""
-        known = (size_name(dataclasses.replace(self.config, num_layers=size.num_layers)) for size in SIZES.values())
-        return next((name for name in known if name != "custom"), "custom")
+        return size_name(self.config, but_for=("context_length", "num_layers"))
 
     @property
     def backend(self) -> str:
@@ -119,9 +118,7 @@ class Case(StepConfig):
     @property
     def step_of_rank(self) -> StepConfig:
         """The step of one rank, on its part of the batch."""
-        names = {field.name for field in dataclasses.fields(StepConfig)}
-        own = {name: getattr(self, name) for name in names} | {"batch_size": self.batch_size // self.world_size}
-        return StepConfig(**own)
+        return self.as_step(batch_size=self.batch_size // self.world_size)
 
     @property
     def variants(self) -> tuple[tuple[str, float | None], ...]:
@@ -183,14 +180,11 @@ def grid(
 
     cells: list[grids.Cell[Case]] = []
     for name, lengths in contexts.items():
-        size = model_size(name)
-        if layers is not None:
-            size = dataclasses.replace(size, num_layers=layers)
+        size = model_size(name, num_layers=layers)
         cells += grids.product(
             Case,
             skip=skip_reason,
-            **{field.name: getattr(size, field.name) for field in dataclasses.fields(size)}
-            | {"context_length": lengths},
+            **dataclasses.asdict(size) | {"context_length": lengths},
             world_size=world_sizes,
             wrappers=[tuple(wrappers)],
             buckets_mb=[tuple(buckets_mb)],

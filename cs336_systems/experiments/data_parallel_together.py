@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cs336_systems.bench.ranks import slowest_of
 from cs336_systems.bench.records import Measurement
 from cs336_systems.experiments.data_parallel_ranks import ALONE, AT_ONCE, FINISH, GRADIENTS, ONE_NUMBER, STEP, TIMES
 from cs336_systems.profiling.overlap import Overlap, Span, merged, without_waiting
@@ -25,14 +26,14 @@ def measurement_of(names: Sequence[str], ranks: Sequence[Mapping[str, Any]]) -> 
     rank's own would count the time in which it waits for a slower one's backward.
     """
     times = {
-        f"{name} {part}": _slowest([each["times"][name][part] for each in ranks])
+        f"{name} {part}": slowest_of([each["times"][name][part] for each in ranks])
         for name in (ALONE, *names)
         for part in TIMES
     }
     times |= {f"{name} {FINISH}": _finish_of_all([each["times"][name] for each in ranks]) for name in (ALONE, *names)}
     samples = {name: taken for name, taken in times.items() if name.endswith(STEP)}
     parts = {name: taken for name, taken in times.items() if name not in samples}
-    parts |= {f"{way} ms": _slowest([each["reductions_ms"][way] for each in ranks]) for way in (ONE_NUMBER, AT_ONCE)}
+    parts |= {f"{way} ms": slowest_of([each["reductions_ms"][way] for each in ranks]) for way in (ONE_NUMBER, AT_ONCE)}
     recorded = {name: _recorded_of(name, ranks) for name in names}
     values = {
         "checked": {name: _worst([each["checked"][name] for each in ranks]) for name in names},
@@ -47,15 +48,10 @@ def measurement_of(names: Sequence[str], ranks: Sequence[Mapping[str, Any]]) -> 
     return Measurement(samples=samples, values=values)
 
 
-def _slowest(ranks: Sequence[Sequence[float]]) -> list[float]:
-    """Of each round the slowest rank's time."""
-    return [max(taken) for taken in zip(*ranks, strict=True)]
-
-
 def _finish_of_all(ranks: Sequence[Mapping[str, Sequence[float]]]) -> list[float]:
     """Of each round, from the end of the last rank's backward to that of the last rank's communication."""
-    ends = _slowest([each[GRADIENTS] for each in ranks])
-    backward_ends = _slowest(
+    ends = slowest_of([each[GRADIENTS] for each in ranks])
+    backward_ends = slowest_of(
         [[end - finish for end, finish in zip(each[GRADIENTS], each[FINISH], strict=True)] for each in ranks]
     )
     return [end - backward_end for end, backward_end in zip(ends, backward_ends, strict=True)]

@@ -35,16 +35,28 @@ def page(browser: Browser, document: Path, request: pytest.FixtureRequest) -> It
     context.close()
 
 
-def test_nothing_but_the_rows_of_a_table_or_code_is_wider_than_the_window(page: Page) -> None:
+def test_nothing_but_what_scrolls_by_itself_is_wider_than_the_window(page: Page) -> None:
     wide = page.evaluate(
         """() => [...document.querySelectorAll('main *')]
             .filter(each => each.getBoundingClientRect().right > document.documentElement.clientWidth + 1)
             .filter(each => !each.closest('table') || each.closest('.caption'))
             .filter(each => !each.closest('pre') && !each.querySelector('table') && each.tagName != 'TABLE')
+            .filter(each => !each.closest('math[display=block]'))
             .map(each => each.outerHTML.slice(0, 80))"""
     )
     assert wide == []
     assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+
+
+def test_a_formula_that_is_wider_than_the_window_can_be_scrolled_to_its_end(page: Page) -> None:
+    out_of_reach = page.evaluate(
+        """() => [...document.querySelectorAll('math[display=block]')].filter(formula => {
+            const row = formula.parentElement;
+            row.scrollLeft = row.scrollWidth;
+            return formula.lastElementChild.getBoundingClientRect().right > row.getBoundingClientRect().right + 1;
+        }).map(formula => formula.textContent)"""
+    )
+    assert out_of_reach == []
 
 
 def test_every_figure_is_there_and_fits_its_column(page: Page) -> None:

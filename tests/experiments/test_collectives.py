@@ -18,7 +18,8 @@ from cs336_systems.bench.records import Record, Store
 from cs336_systems.distributed.launch import launch
 from cs336_systems.errors import UserError
 from cs336_systems.experiments import collectives
-from cs336_systems.experiments.collectives import MB, OPERATIONS, OTHERS, Case, grid, planned_bytes, scratch_of
+from cs336_systems.experiments.collectives import MB, OPERATIONS, OTHERS, Case, grid, planned_bytes
+from cs336_systems.experiments.collectives_ranks import ALL_AT_ONCE, ALL_WHOLE, BOTH_WAYS, ONE_WAY
 
 pytestmark = [
     pytest.mark.problem("distributed_communication_single_node"),
@@ -97,7 +98,7 @@ def test_a_record_has_every_rank_of_every_operation_and_is_summarised(store: Sto
     values, samples = record.measurement.values, record.measurement.samples
     assert {name for name in values if isinstance(values[name], dict) and "status" in values[name]} == set(OPERATIONS)
     for name, of_ranks in values["ranks_ms"].items():
-        taking_part = 2 if name in (collectives.ONE_WAY, collectives.BOTH_WAYS) else SMALL.world_size
+        taking_part = 2 if name in (ONE_WAY, BOTH_WAYS) else SMALL.world_size
         assert len(of_ranks) == taking_part
         assert {len(times) for times in of_ranks} == {SMALL.rounds}
         slowest = [max(times) for times in zip(*of_ranks, strict=True)]
@@ -165,7 +166,7 @@ def test_what_cannot_fit_is_refused_before_any_rank_is_started(store: Store, mon
 def test_what_is_planned_covers_the_arrays_of_a_rank() -> None:
     for operations in (OPERATIONS, ("all_reduce",), (RING,)):
         case = dataclasses.replace(SMALL, operations=operations)
-        for held in launch(ranks.bytes_of_buffers, case.length, scratch_of(case), world_size=case.world_size):
+        for held in launch(ranks.bytes_of_buffers, case.length, case.scratch_length, world_size=case.world_size):
             assert held <= planned_bytes(case) - collectives.PROCESS_BYTES
 
 
@@ -184,17 +185,17 @@ def test_what_takes_a_share_of_the_links_speed_reaches_that_share_of_its_bound(s
 
 
 def message_ms(case: Case, name: str, bytes_per_s: float) -> list[list[float]]:
-    size = case.array_bytes if name == collectives.ALL_WHOLE else case.array_bytes / case.world_size
+    size = case.array_bytes if name == ALL_WHOLE else case.array_bytes / case.world_size
     return [[1e3 * size / bytes_per_s] * case.rounds] * 2
 
 
 def test_the_bound_is_by_the_fastest_message_that_is_sent_while_one_comes(store: Store) -> None:
     case = case_of(10, 4)
-    for fastest in (collectives.BOTH_WAYS, collectives.ALL_AT_ONCE, collectives.ALL_WHOLE):
+    for fastest in (BOTH_WAYS, ALL_AT_ONCE, ALL_WHOLE):
         record = record_for(case)
         ranks_ms = record.measurement.values["ranks_ms"]
         ranks_ms[fastest] = message_ms(case, fastest, 3 * LINK_BYTES_PER_S)
-        ranks_ms[collectives.ONE_WAY] = message_ms(case, collectives.ONE_WAY, 5 * LINK_BYTES_PER_S)
+        ranks_ms[ONE_WAY] = message_ms(case, ONE_WAY, 5 * LINK_BYTES_PER_S)
         rows = collectives.summarise([record], None, store=store).set_index("operation")
         usual = collectives.summarise([record_for(case)], None, store=store).set_index("operation")
         faster = usual["bound_ms"] / rows["bound_ms"]

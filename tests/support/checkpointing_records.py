@@ -14,7 +14,7 @@ from cs336_systems.model import model_size
 
 def case_of(policy: str = "none", **changes: Any) -> Case:
     """A policy on four blocks of a small size at a short context."""
-    dimensions = dataclasses.asdict(dataclasses.replace(model_size("tiny"), context_length=32, num_layers=4))
+    dimensions = dataclasses.asdict(model_size("tiny", context_length=32, num_layers=4))
     chosen = {"device": "cpu", "phase": "forward-backward", "batch_size": 1, "warmup": 1, "steps": 2}
     return Case(**{**dimensions, **chosen, "checkpointing": policy, **changes})
 

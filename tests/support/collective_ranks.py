@@ -19,7 +19,7 @@ from cs336_systems.distributed.collectives import (
 )
 from cs336_systems.distributed.rank import Rank
 from cs336_systems.errors import UserError
-from cs336_systems.experiments import collectives
+from cs336_systems.experiments import collectives_ranks
 from cs336_systems.experiments.collectives import Case
 
 REDUCES = {"ring": ring_all_reduce, "alternate ring": alternate_ring_all_reduce}
@@ -104,7 +104,7 @@ def reduce_with_short_scratch(rank: Rank, operation: str) -> None:
 def find_a_wrong_result(rank: Rank, case: Case) -> None:
     """An all-reduce that does nothing."""
     with patch.object(dist, "all_reduce", lambda _: None):
-        collectives.take_part(rank, case)
+        collectives_ranks.take_part(rank, case)
 
 
 def fail_after_rounds(rank: Rank, case: Case) -> None:
@@ -126,7 +126,7 @@ def be_killed(rank: Rank, case: Case) -> None:
 def take_part_without_reduce_scatter(rank: Rank, case: Case) -> None:
     """As with an old library."""
     with patch.object(dist, "reduce_scatter_tensor", refuse):
-        collectives.take_part(rank, case)
+        collectives_ranks.take_part(rank, case)
 
 
 def bytes_of_buffers(rank: Rank, length: int, scratch: int) -> int:

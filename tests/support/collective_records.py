@@ -7,9 +7,10 @@ from typing import Any
 from profile_records import record_of
 
 from cs336_systems.analysis.communication import ring_cost
+from cs336_systems.bench.ranks import slowest_of
 from cs336_systems.bench.records import Measurement, Record
-from cs336_systems.experiments import collectives
-from cs336_systems.experiments.collectives import ALL_WHOLE, MB, ONE_WAY, Case
+from cs336_systems.experiments.collectives import MB, Case
+from cs336_systems.experiments.collectives_ranks import ALL_WHOLE, ONE_WAY
 
 LINK_BYTES_PER_S = 1e9
 
@@ -29,7 +30,7 @@ def record_for(case: Case, *, reached: float = 0.5, cores: int = 2, **changes: A
     for name in case.operations:
         ms = 1e3 * ring_cost(name, case.array_bytes, case.world_size).seconds(reached * LINK_BYTES_PER_S)
         ranks_ms[name] = [[ms * (1 - 0.01 * rank)] * case.rounds for rank in range(case.world_size)]
-    samples = {f"{name} ms": collectives.slowest_of(ranks_ms[name]) for name in case.operations}
+    samples = {f"{name} ms": slowest_of(ranks_ms[name]) for name in case.operations}
     values: dict[str, Any] = {name: {"status": "ok", "reason": None} for name in case.operations}
     measurement = Measurement(samples, values | {"ranks_ms": ranks_ms, "cores": cores})
     return record_of("collectives", case, measurement, **changes)

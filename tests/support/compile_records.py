@@ -24,7 +24,7 @@ TIMES = {EAGER: 1.0, "model": 0.5, "blocks": 0.8}
 
 
 def compile_case(size: str = "small", context: int = 128, **changes: Any) -> Case:
-    dimensions = dataclasses.asdict(dataclasses.replace(model_size(size), context_length=context))
+    dimensions = dataclasses.asdict(model_size(size, context_length=context))
     return Case(**{**dimensions, "device": "cpu", "phases": PHASES_OF_TRAINING, **changes})
 
 

@@ -25,7 +25,7 @@ ALONE_MS, OPTIMIZER_MS = 100.0, 20.0
 
 
 def case_of(size: str = "small", **changes: Any) -> Case:
-    dimensions = dataclasses.asdict(dataclasses.replace(model_size(size), context_length=64, num_layers=4))
+    dimensions = dataclasses.asdict(model_size(size, context_length=64, num_layers=4))
     return Case(**{**dimensions, "device": "cpu", "batch_size": 4, **changes})
 
 

@@ -23,7 +23,7 @@ FINGERPRINT = {"torch": "2.13.0", "threads": 2, "source": {"measure": "then"}}
 
 
 def case_of(size: str = "small", context: int = 128, phase: str = "forward", **changes: Any) -> Case:
-    dimensions = dataclasses.asdict(dataclasses.replace(model_size(size), context_length=context))
+    dimensions = dataclasses.asdict(model_size(size, context_length=context))
     return Case(**{**dimensions, "device": "cpu", "phase": phase, "warmup": 1, "steps": 2, **changes})
 
 
