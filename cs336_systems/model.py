@@ -108,7 +108,7 @@ SIZES: MappingProxyType[str, TransformerConfig] = MappingProxyType(
 )
 
 
-def model_size(name: str, **given: float | None) -> TransformerConfig:
+def model_size(name: str, **given: int | float | None) -> TransformerConfig:
     """The size called `name`, with whatever is given and not None in the place of its own.
 
     Raises:
