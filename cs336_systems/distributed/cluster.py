@@ -122,15 +122,15 @@ def lead(given: World, job: Job, on_report: Callable[[int, Any], object] | None)
     number = store.add("jobs", 1)
     store.set(f"job {number}", pickle.dumps(job))  # type: ignore[arg-type]
     take_in = on_report or (lambda _rank, _value: None)
-    taken = dict.fromkeys(range(1, job.world_size), 0)
+    followers = range(1, job.world_size)
     try:
         results = [_take_part(given, job, number, store, lambda value: take_in(0, value))]
-        for rank in range(1, job.world_size):
+        for rank in followers:
             key = _key(number, "result", rank)
             store.wait([key], datetime.timedelta(seconds=job.timeout_s))
             results.append(pickle.loads(store.get(key)))
     finally:
-        for rank in taken:
+        for rank in followers:
             for report in range(store.add(_key(number, "reports", rank), 0)):
                 take_in(rank, pickle.loads(store.get(_key(number, f"report {report}", rank))))
     return results
