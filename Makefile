@@ -24,7 +24,7 @@ test: setup
 	@$(BIN)/python -m pytest --numprocesses auto $(ARGS)
 
 browser-test: setup
-	@$(BIN)/python -m pytest tests/browser $(ARGS)
+	@$(BIN)/python -m pytest tests/browser --numprocesses auto --dist loadgroup $(ARGS)
 
 writeup: setup
 	@$(BIN)/python scripts/writeup.py $(ARGS)

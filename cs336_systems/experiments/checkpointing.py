@@ -355,15 +355,19 @@ _SAME_CHOICES = ("autocast", "float32_matmul", "compile", "attention", "formulat
 
 
 def beside_none(summary: pd.DataFrame) -> pd.DataFrame:
-    """`summary` with `times_none` and `peak_of_none`: time and peak as multiples of the same without checkpointing."""
+    """`summary` with time and peak as multiples of the same without checkpointing, `times_none` and `peak_of_none`.
+
+    `is_quiet_beside_none` says whether neither of the two times is noisy.
+    """
     if not len(summary):
         return summary
     same = [*_SAME, *_SAME_CHOICES]
     plain = summary[summary["checkpointing"] == "none"].drop_duplicates(same)
-    both = summary[same].merge(plain[[*same, "median_ms", "peak_bytes"]], on=same, how="left")
+    both = summary[same].merge(plain[[*same, "median_ms", "peak_bytes", "noise"]], on=same, how="left")
     return summary.assign(
         times_none=summary["median_ms"].to_numpy() / both["median_ms"].to_numpy(),
         peak_of_none=summary["peak_bytes"].to_numpy() / both["peak_bytes"].to_numpy(),
+        is_quiet_beside_none=(summary["noise"] == "").to_numpy() & (both["noise"] == "").to_numpy(),
     )
 
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-UNITS = "1 GiB = 2^30 bytes, 1 MiB = 2^20 bytes"
+UNITS = "1 GiB = 2³⁰ bytes, 1 MiB = 2²⁰ bytes"
 SMALL_GIB = 0.1
 """A peak below this is told in MiB."""
 

@@ -14,12 +14,18 @@ from shown_tables import cells, plain
 from cs336_systems.bench.records import Measurement, Record, Store, missing_record
 from cs336_systems.bench.report import Finding, Table
 from cs336_systems.experiments import checkpointing
+from cs336_systems.experiments.checkpointing import Case
 from cs336_systems.presentation import checkpointing as presentation
 
 pytestmark = pytest.mark.problem("gradient_checkpointing")
 
 TO_RUN = "run `what measures it`"
 POLICIES = ("none", "every-1", "every-2", "nested")
+
+
+def long_case(policy: str) -> Case:
+    """Of a context so long that what is kept for backward is most of the peak."""
+    return case_of(policy, context_length=512)
 
 
 def summary(store: Store, *records: Record, **options: Any) -> pd.DataFrame:
@@ -116,7 +122,7 @@ def test_blocks_that_run_otherwise_than_counted_are_said_to(store: Store) -> Non
 
 
 def test_another_group_that_holds_the_least_is_said_to_be_another(store: Store) -> None:
-    cases = {policy: case_of(policy, context_length=512) for policy in ("none", "every-1", "every-2")}
+    cases = {policy: long_case(policy) for policy in ("none", "every-1", "every-2")}
     records = [record_for(case, over=3.0 if policy == "every-1" else 1.1) for policy, case in cases.items()]
     assert "another size than is counted to be the best" in said(summary(store, *records))
 
@@ -129,6 +135,24 @@ def test_a_growth_that_is_not_as_counted_is_said_to_be_so(store: Store) -> None:
 def test_peaks_that_no_policy_lowers_are_said_to_be_so(store: Store) -> None:
     records = [record_for(case_of("none")), record_for(case_of("every-1"), over=30.0)]
     assert "No policy lowers the peak" in said(summary(store, *records))
+
+
+def test_memory_is_said_to_be_bought_with_time_only_where_time_is_paid(store: Store) -> None:
+    plain_step = record_for(long_case("none"), ms=10.0)
+    slower, faster = (record_for(long_case("every-1"), ms=ms) for ms in (13.0, 7.0))
+    assert "in 1.3 times the time. Memory is bought with time" in said(summary(store, plain_step, slower))
+    assert "not every policy that lowers the peak takes longer" in said(summary(store, plain_step, faster))
+
+
+def test_noisy_times_say_nothing_of_what_memory_costs(store: Store) -> None:
+    noisy = {"noise": {"flags": ["spread of 99% of the median"]}}
+    quiet_step, noisy_step = (record_for(long_case("none"), ms=10.0, **changes) for changes in ({}, noisy))
+    quiet, disturbed = record_for(long_case("every-1"), ms=13.0), record_for(long_case("nested"), ms=7.0, **noisy)
+    text = said(summary(store, quiet_step, quiet, disturbed))
+    assert "(noisy times are left out). Memory is bought with time" in text
+    assert text.count("times the time") == 1
+    for records in ([noisy_step, quiet], [quiet_step, disturbed]):
+        assert "cannot be told: every pair of times is noisy" in said(summary(store, *records))
 
 
 def test_stale_records_and_none_at_all_are_said_to_be_so(store: Store) -> None:

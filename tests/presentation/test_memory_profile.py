@@ -53,7 +53,7 @@ def test_every_peak_stands_beside_the_least_that_it_can_be(store: Store) -> None
         (rows["peak_bytes"] / 2**30).tolist(), rel=1e-3
     )
     assert "reserved (GiB)" not in table.headings  # a CPU reserves nothing
-    assert "2^30 bytes" in " ".join(table.notes)
+    assert "2³⁰ bytes" in " ".join(table.notes)
 
 
 def test_published_peaks_are_shown_as_printed_with_a_mark_where_they_are_in_doubt(store: Store) -> None:
