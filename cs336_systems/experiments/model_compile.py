@@ -18,48 +18,30 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor
 
 from cs336_systems.analysis.hardware import Peaks
 from cs336_systems.analysis.published import PublishedSteps
 from cs336_systems.bench import grid as grids
-from cs336_systems.bench.allocator import allocated_bytes, is_out_of_memory
 from cs336_systems.bench.contest import Contender, measurement_of
 from cs336_systems.bench.machine import resolve_device
 from cs336_systems.bench.records import Measurement, Record, Store
 from cs336_systems.bench.sweep import OnPart
-from cs336_systems.bench.timing import describe, float32_matmul_precision, synchronize, time_rounds
-from cs336_systems.compilation import (
-    MODES,
-    STAGES,
-    Compilation,
-    cold_caches,
-    compile_model,
-    failures_told,
-    inductor_apart,
-    no_fallback,
-    prepare_compiler,
-    require_compiled,
-    twin_of,
-    watch_compilation,
-)
-from cs336_systems.errors import UserError, first_line, unknown_name
-from cs336_systems.exactness import Exact, exact_results
+from cs336_systems.bench.timing import describe, float32_matmul_precision, time_rounds
+from cs336_systems.compilation import MODES, STAGES, no_fallback, prepare_compiler, watch_compilation
+from cs336_systems.errors import UserError, unknown_name
+from cs336_systems.exactness import Exact
 from cs336_systems.experiments import transformer_step
+from cs336_systems.experiments.model_compile_forms import EAGER, Form, compare, count_traffic, first_calls, name_of
 from cs336_systems.experiments.transformer_step import bound_ms, require_memory
 from cs336_systems.model import TransformerConfig, model_size
-from cs336_systems.profiling.traffic import operator_traffic
-from cs336_systems.repository import cache_folder
-from cs336_systems.step import PHASES, PHASES_OF_TRAINING, BuiltStep, StepConfig, build_step, size_name, step_of
+from cs336_systems.step import PHASES, PHASES_OF_TRAINING, StepConfig, build_step, size_name
 
-EAGER = "none"
 EXACT, TRAFFIC = "float64", "traffic"
 COMPILE_STAGES = tuple(f"{stage}_s" for stage in STAGES)
 PUBLISHED_WARMUP = 5
@@ -232,74 +214,6 @@ def _skip_reason(case: Case) -> str | None:
 # Measuring -----------------------------------------------------------------------------------------------------
 
 
-class Form(Contender):
-    """One phase of one form of the model."""
-
-    def __init__(self, phase: str, mode: str, case: Case, run: BuiltStep) -> None:
-        super().__init__(name_of(phase, mode), case.device)
-        self.phase, self.mode, self.run = phase, mode, run
-
-    def call(self) -> object:
-        with failures_told():
-            return self.run()
-
-    def first(self, exact: Sequence[Exact], *, is_uncompiled: bool) -> None:
-        """The first call and the second, what was compiled meanwhile, and how far off its logits are, if it gives any.
-
-        `is_uncompiled`: nothing was compiled for an earlier phase, so that something must be now.
-        """
-        with watch_compilation() as watch:
-            first_s, result = self.timed()
-        second_s, _ = self.timed()
-        if self.mode != EAGER:
-            if is_uncompiled:
-                require_compiled(watch.compilation)
-            self.values |= {"compile_s": max(0.0, first_s - second_s), **_told(watch.compilation)}
-        if isinstance(result, Tensor):
-            for each in exact:
-                self.values |= each.errors_of(result.detach())
-
-    def timed(self) -> tuple[float, object]:
-        synchronize(self.device)
-        start = time.perf_counter()
-        result = self.call()
-        synchronize(self.device)
-        return time.perf_counter() - start, result
-
-    def weigh(self) -> None:
-        """What one untimed pass has allocated at most, beyond what is there before."""
-        self.values["peak_bytes"], _ = allocated_bytes(self.call, self.device)
-
-
-def name_of(phase: str, mode: str) -> str:
-    """The contender's name: the form, then the phase."""
-    return f"{mode} {phase}"
-
-
-def _told(found: Compilation) -> dict[str, Any]:
-    return {
-        "graphs": found.graphs,
-        "breaks": [dataclasses.asdict(each) for each in found.breaks],
-        "left": [dataclasses.asdict(each) for each in found.left],
-        "forward_stages_s": found.forward_s,
-        "backward_stages_s": found.backward_s,
-    }
-
-
-def compare(case: Case, built: BuiltStep) -> Exact:
-    """Logits and loss in float64.
-
-    Raises:
-        UserError: the model cannot be run in float64.
-    """
-    try:
-        return exact_results(built.model, built.batch, case.formulation)
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        raise UserError(f"the model does not run in float64: {first_line(error)}") from error
-
-
 def measure(case: Case, on_part: OnPart) -> Measurement:
     """Compile every form, then time `rounds` rounds of all forms of all phases.
 
@@ -332,14 +246,14 @@ def measure(case: Case, on_part: OnPart) -> Measurement:
         forms: dict[str, list[Form]] = {mode: [] for mode in case.modes}
         for phases in _apart(case.phases):
             for mode in case.modes:
-                _first_calls(case, phases, mode, forms[mode], built, found, count)
+                first_calls(case, phases, mode, forms[mode], built, found, count)
         found.clear()
         every = [form for phase in zip(*forms.values(), strict=True) for form in phase]
         calls = {f"{form.name} ms": partial(form.attempt, form.call) for form in every if form.status == "ok"}
         with watch_compilation() as watch:
             timings = time_rounds(calls, warmup=case.warmup, rounds=case.rounds, device=case.device, on_round=count)
         for phase in case.phases:
-            traffic.attempt(partial(_count_traffic, traffic, case.step(phase), built))
+            traffic.attempt(partial(count_traffic, traffic, case.step(phase), built))
     samples = {name: timing.samples_ms for name, timing in timings.items()}
     measured = measurement_of([*every, exact, traffic], samples)
     measured.values["compiled_while_timed"] = watch.compilation.graphs
@@ -351,47 +265,6 @@ def _apart(phases: Sequence[str]) -> list[list[str]]:
     return [
         group for group in ([each for each in phases if each != "step"], ["step"] if "step" in phases else []) if group
     ]
-
-
-def _first_calls(
-    case: Case,
-    phases: Sequence[str],
-    mode: str,
-    forms: list[Form],
-    built: BuiltStep,
-    exact: Sequence[Exact],
-    on_form: Callable[[], object],
-) -> None:
-    """Append these phases of one form to `forms`, called; where one falls out, so do those after it, for its reason."""
-    model = forms[0].run.model if forms else built.model if mode == EAGER else twin_of(built.model)
-    with cold_caches(cache_folder()):
-        for phase in phases:
-            form = Form(phase, mode, case, step_of(case.step(phase), model, built.optimizer, built.batch))
-            if forms and forms[-1].status != "ok":
-                form.status, form.reason = forms[-1].status, forms[-1].reason
-            if not forms:
-                form.attempt(partial(compile_model, model, mode, inductor_apart()))
-            form.attempt(partial(form.first, exact, is_uncompiled=not forms))
-            form.attempt(form.weigh)
-            forms.append(form)
-            on_form()
-
-
-def _count_traffic(traffic: Contender, chosen: StepConfig, built: BuiltStep) -> None:
-    """Of the eager model alone: loss and optimizer are not compiled, and no part of what compiling can save."""
-    tokens, _ = built.batch
-    is_mixed = chosen.autocast != "none"
-    half = getattr(torch, chosen.autocast) if is_mixed else torch.bfloat16
-    autocast = torch.autocast(chosen.device, dtype=half, enabled=is_mixed)
-
-    def call() -> None:
-        with torch.set_grad_enabled(chosen.phase != "inference"), autocast:
-            logits = built.model(tokens)
-        if chosen.has_backward:
-            logits.backward(torch.ones_like(logits))
-
-    built.optimizer.zero_grad(set_to_none=True)
-    traffic.values[chosen.phase] = dataclasses.asdict(operator_traffic(call))
 
 
 # Summarising ---------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
@@ -16,27 +16,18 @@ from cs336_systems.analysis.published import PublishedAllReduce
 from cs336_systems.bench import remarks
 from cs336_systems.bench.remarks import circumstances, marks, staleness
 from cs336_systems.bench.report import (
-    BOUND,
-    COLOURS,
-    MARKERS,
-    PUBLISHED,
     Column,
     Finding,
     Findings,
     Picture,
     Table,
-    figure_style,
-    logarithmic,
     number,
     percent,
     plural,
     with_deviation,
 )
+from cs336_systems.presentation.collectives_drawing import LIBRARY, SERIES, draw, in_legend
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-LIBRARY = "all_reduce"
 GB = 1e9
 TO_RUN = "run `python scripts/measure.py collectives`"
 
@@ -198,51 +189,12 @@ def _case_name(row: pd.Series) -> str:
 
 # Figure --------------------------------------------------------------------------------------------------------
 
-SERIES = (LIBRARY, RING, ALTERNATE)
-
 
 def figure(summary: pd.DataFrame) -> Picture | Finding:
     """Time of the all-reduces over the size of the array, a panel for each number of ranks."""
     if not len(summary):
         return Finding(f"Nothing was measured: {TO_RUN}.")
-    return Picture(f"All-reduce by size. {caption(summary)}", partial(_draw, summary))
-
-
-def _draw(summary: pd.DataFrame) -> Figure:
-    from matplotlib.figure import Figure
-
-    worlds = list(dict.fromkeys(summary["world_size"]))
-    with figure_style():
-        drawing = Figure(figsize=(1.2 + 3.1 * len(worlds), 3.4))
-        panels = drawing.subplots(1, len(worlds), sharey=True, squeeze=False)[0]
-        series: dict[str, Any] = {}
-        for panel, world in zip(panels, worlds, strict=True):
-            rows = summary[summary["world_size"] == world]
-            for place, name in enumerate(SERIES):
-                timed = rows[(rows["operation"] == name) & (rows["status"] == "ok")]
-                style = {"color": COLOURS[(0, 2, 3)[place]], "marker": MARKERS[place]}
-                (series[_in_legend(name)],) = panel.plot(timed["size_mb"], timed["slowest_ms"], markersize=4, **style)
-            bound = rows[rows["operation"] == LIBRARY].dropna(subset=["bound_ms"])
-            (series["ring's bound"],) = panel.plot(
-                bound["size_mb"], bound["bound_ms"], color=BOUND, linestyle="--", marker="", linewidth=1.2
-            )
-            published = rows.dropna(subset=["published_ms"])
-            if len(published):
-                style = {"color": PUBLISHED, "marker": "D", "markerfacecolor": "none", "linestyle": "none"}
-                (series[f"published, {PublishedAllReduce.HARDWARE}"],) = panel.plot(
-                    published["size_mb"], published["published_ms"], markersize=5, **style
-                )
-            panel.set(
-                title=f"{world} ranks", xlabel="array (MB)", ylabel="slowest rank (ms)" if world == worlds[0] else ""
-            )
-            logarithmic(panel.xaxis)
-            logarithmic(panel.yaxis)
-        drawing.legend(series.values(), series.keys(), loc="outside lower center", ncols=3)
-    return drawing
-
-
-def _in_legend(name: str) -> str:
-    return "the library's" if name == LIBRARY else f"our {name}"
+    return Picture(f"All-reduce by size. {caption(summary)}", partial(draw, summary))
 
 
 # Findings ------------------------------------------------------------------------------------------------------
@@ -339,7 +291,7 @@ def by_bound(rows: pd.DataFrame) -> Finding | None:
         return None
     largest = timed[timed["size_bytes"] == timed["size_bytes"].max()]
     texts = [
-        f"{_in_legend(str(row['operation']))} {percent(row['fraction'])} with {row['world_size']} ranks"
+        f"{in_legend(str(row['operation']))} {percent(row['fraction'])} with {row['world_size']} ranks"
         for _, row in largest.iterrows()
     ]
     return Finding.checked(

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from cs336_systems.analysis.bucketing import CallCost
 from cs336_systems.bench import remarks
 from cs336_systems.bench.remarks import marks, staleness
 from cs336_systems.bench.report import (
-    BOUND,
-    COLOURS,
-    MARKERS,
     Column,
     Finding,
     Findings,
@@ -23,8 +19,6 @@ from cs336_systems.bench.report import (
     Table,
     beginning,
     bytes_in_words,
-    figure_style,
-    logarithmic,
     number,
     percent,
     plural,
@@ -32,10 +26,15 @@ from cs336_systems.bench.report import (
 )
 from cs336_systems.experiments.data_parallel import BYTES_PER_MB, COMPARED_MB, MOST_OFF, WRONG
 from cs336_systems.experiments.data_parallel_ranks import ALONE, variant_name
+from cs336_systems.presentation.data_parallel_drawing import (
+    case_name,
+    cases_of,
+    cost_of,
+    draw_overhead,
+    draw_steps,
+    draw_timeline,
+)
 from cs336_systems.presentation.transformer_step import caption_of
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 AFTER, DURING = ("naive", "flat"), ("overlapped", "bucketed")
 """Ours that communicate after backward, and during it."""
@@ -93,7 +92,7 @@ def table(summary: pd.DataFrame) -> Table:
     notes = [NOTE]
     if len(summary):
         notes += [UNMATCHED] if not summary["is_matched"].all() else []
-        notes += remarks.notes_below(summary, _name, _case_name)
+        notes += remarks.notes_below(summary, _name, case_name)
     return Table.of(summary, columns, caption=caption(summary), notes=notes)
 
 
@@ -117,11 +116,7 @@ def _step(row: Any) -> str:
 
 def _name(row: pd.Series) -> str:
     """The case, or where one of its wrappers has no room, which."""
-    return f"{row['variant']} of {_case_name(row)}" if row["is_left_out"] else _case_name(row)
-
-
-def _case_name(row: pd.Series) -> str:
-    return f"{row['size']} at context {row['context_length']} on {plural(row['world_size'], 'rank')}"
+    return f"{row['variant']} of {case_name(row)}" if row["is_left_out"] else case_name(row)
 
 
 def caption(summary: pd.DataFrame) -> str:
@@ -144,30 +139,7 @@ def figure(summary: pd.DataFrame) -> Picture | Finding:
     """Step time by wrapper: what a rank alone takes, and what communication adds."""
     if not len(summary):
         return Finding("No data-parallel step was measured.")
-    return Picture(f"Step time by wrapper; {caption(summary)}", partial(_draw_steps, summary))
-
-
-def _panels(rows: pd.DataFrame) -> list[pd.DataFrame]:
-    return [case.reset_index(drop=True) for _, case in rows.groupby("case", sort=False)]
-
-
-def _draw_steps(summary: pd.DataFrame) -> Figure:
-    from matplotlib.figure import Figure
-
-    cases = _panels(summary)
-    with figure_style():
-        drawing = Figure(figsize=(7.0, max(2.2, 0.6 + 0.34 * len(summary))))
-        for panel, rows in zip(drawing.subplots(len(cases), squeeze=False)[:, 0], cases, strict=True):
-            places = np.arange(len(rows))[::-1]
-            exposed = rows["exposed_ms"].fillna(0).clip(lower=0)
-            panel.barh(places, rows["mean_ms"] - exposed, color=COLOURS[4], label="as a rank alone")
-            left = rows["mean_ms"] - exposed
-            panel.barh(places, exposed, left=left, color=COLOURS[0], label="exposed communication")
-            panel.errorbar(rows["mean_ms"], places, xerr=rows["std_ms"], fmt="none", ecolor=COLOURS[1], capsize=2)
-            panel.set(yticks=places, xlabel="step (ms)", title=_case_name(rows.iloc[0]))
-            panel.set_yticklabels(rows["variant"])
-        drawing.legend(*panel.get_legend_handles_labels(), loc="outside upper right", ncols=2)
-    return drawing
+    return Picture(f"Step time by wrapper; {caption(summary)}", partial(draw_steps, summary))
 
 
 def overhead_figure(summary: pd.DataFrame) -> Picture | Finding:
@@ -177,43 +149,7 @@ def overhead_figure(summary: pd.DataFrame) -> Picture | Finding:
     rows = summary[summary["wrapper"].isin(["bucketed", "torch"])]
     if not len(rows):
         return Finding("No wrapper with buckets was chosen.")
-    return Picture(f"Overhead by size of bucket; {caption(summary)}", partial(_draw_overhead, rows))
-
-
-def _draw_overhead(rows: pd.DataFrame) -> Figure:
-    from matplotlib.figure import Figure
-
-    cases = _panels(rows)
-    with figure_style():
-        drawing = Figure(figsize=(6.0, 3.2 * len(cases)))
-        for panel, case in zip(drawing.subplots(len(cases), squeeze=False)[:, 0], cases, strict=True):
-            for place, (wrapper, label) in enumerate({"bucketed": "ours", "torch": "PyTorch's"}.items()):
-                own = case[case["wrapper"] == wrapper].sort_values("bucket_mb")
-                if not len(own):
-                    continue
-                panel.plot(
-                    own["bucket_mb"],
-                    own["exposed_ms"],
-                    color=COLOURS[place],
-                    marker=MARKERS[place],
-                    linestyle="-" if wrapper == "bucketed" else "none",
-                    label=f"{label}, measured",
-                )
-            first = case.iloc[0]
-            cost = _cost(first)
-            if cost is not None:
-                sizes = np.geomspace(0.3, max(1.0, first["gradient_bytes"] / BYTES_PER_MB), 100)
-                total = first["gradient_bytes"]
-                modelled = [1e3 * cost.overlapped_s(total, max(1.0, total / (size * BYTES_PER_MB))) for size in sizes]
-                panel.plot(sizes, modelled, color=BOUND, marker="", linestyle="--", label="model")
-                best = cost.best_bucket_bytes(total)
-                least_ms = 1e3 * cost.overlapped_s(total, total / best)
-                panel.plot([best / BYTES_PER_MB], [least_ms], color=BOUND, marker="*", markersize=11, linestyle="none",
-                           label="its best size")  # fmt: skip
-            logarithmic(panel.xaxis)
-            panel.set(xlabel="size of a bucket (MB)", ylabel="exposed (ms)", title=_case_name(first))
-            panel.legend()
-    return drawing
+    return Picture(f"Overhead by size of bucket; {caption(summary)}", partial(draw_overhead, rows))
 
 
 def timeline(summary: pd.DataFrame) -> Picture | Finding:
@@ -223,9 +159,9 @@ def timeline(summary: pd.DataFrame) -> Picture | Finding:
     """
     if not len(summary):
         return Finding("No data-parallel step was measured.")
-    cases = _panels(summary)
+    cases = cases_of(summary)
     rows = cases[0]
-    which = f" of {_case_name(rows.iloc[0])}" if len(cases) > 1 else ""
+    which = f" of {case_name(rows.iloc[0])}" if len(cases) > 1 else ""
     buckets = rows.loc[rows["wrapper"] == "bucketed", "bucket_mb"]
     is_shown = (rows["wrapper"] != ALONE) & ~rows.index.isin(buckets.index)
     if len(buckets):
@@ -234,36 +170,7 @@ def timeline(summary: pd.DataFrame) -> Picture | Finding:
     shown = rows[others if others.any() else is_shown]
     begin = "a call begins when its last rank has begun it"
     shared = caption(summary)
-    return Picture(f"One step of every rank{which}, recorded; {begin}; {shared}", partial(_draw_timeline, shown))
-
-
-def _draw_timeline(rows: pd.DataFrame) -> Figure:
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-
-    with figure_style():
-        drawing = Figure(figsize=(7.5, 0.8 + 0.95 * len(rows)))
-        panels = drawing.subplots(len(rows), sharex=True, squeeze=False)[:, 0]
-        for panel, (_, row) in zip(panels, rows.iterrows(), strict=True):
-            ranks = row["recorded"]
-            for rank, spans in enumerate(ranks):
-                for offset, (name, colour) in enumerate(_LANES.items()):
-                    parts = [(begin, end - begin) for begin, end in spans[f"{name}_spans_ms"]]
-                    panel.broken_barh(parts, (-rank - 0.4 * offset, 0.36), color=colour)
-            panel.set(yticks=[-rank + 0.0 for rank in range(len(ranks))])
-            panel.set_yticklabels([f"rank {rank}" for rank in range(len(ranks))])
-            without = f": {row['status']}" if row["is_left_out"] else ": no record yet"
-            share = f", {percent(row['overlapped'])} overlapped" if ranks else without
-            share += "" if row["is_matched"] else ", calls with their waiting"
-            panel.set_title(f"{row['variant']}{share}", loc="left")
-        panels[-1].set(xlabel="since the step began (ms)")
-        handles = [Patch(color=colour, label=label) for colour, label in zip(_LANES.values(), _LABELS, strict=True)]
-        drawing.legend(handles=handles, loc="outside upper right", ncols=2)
-    return drawing
-
-
-_LANES = {"compute": COLOURS[4], "communication": COLOURS[0]}
-_LABELS = ("computation", "communication")
+    return Picture(f"One step of every rank{which}, recorded; {begin}; {shared}", partial(draw_timeline, shown))
 
 
 # Sentences -----------------------------------------------------------------------------------------------------
@@ -293,8 +200,8 @@ def _of_each(summary: pd.DataFrame, subject: str, say: Any) -> Findings:
     if not len(summary):
         return Findings([Finding(f"{subject} is not known: run `python scripts/measure.py data_parallel`.")])
     told: list[Finding] = []
-    for rows in _panels(summary):
-        told += Finding.from_all(rows, f"{subject} ({_case_name(rows.iloc[0])})", partial(_said, say=say))
+    for rows in cases_of(summary):
+        told += Finding.from_all(rows, f"{subject} ({case_name(rows.iloc[0])})", partial(_said, say=say))
     return Findings(told)
 
 
@@ -329,7 +236,7 @@ def _right(rows: dict[str, Any]) -> Finding | None:
     }
     names = {cause: ", ".join(row["variant"] for row in own if cause in row["wrong"]) for cause in WRONG}
     return Finding.checked(
-        f"{beginning(_case_name(first))}: {fact}",
+        f"{beginning(case_name(first))}: {fact}",
         not any(names.values()),
         so="; all ranks have them equal to the last bit, with every wrapper.",
         but="; " + "; ".join(causes[cause].format(who) for cause, who in names.items() if who) + ".",
@@ -346,7 +253,7 @@ def _naive(rows: dict[str, Any]) -> Finding | None:
         return None
     row, alone = rows["naive"], rows[ALONE]
     return Finding.checked(
-        f"{beginning(_case_name(row))}: a step with one all-reduce per parameter takes {number(row['mean_ms'])} ms, a "
+        f"{beginning(case_name(row))}: a step with one all-reduce per parameter takes {number(row['mean_ms'])} ms, a "
         f"rank alone {number(alone['mean_ms'])} ms; {number(row['finish_ms'])} ms or "
         f"{percent(row['finish_ms'] / row['mean_ms'])} of it go into {plural(int(row['reductions']), 'reduction')} of "
         f"{bytes_in_words(row['gradient_bytes'])} of gradients",
@@ -407,7 +314,7 @@ def bucketed(summary: pd.DataFrame) -> Findings:
 
 def _bucketed(rows: dict[str, Any]) -> Finding | None:
     own = [row for row in rows.values() if row["wrapper"] == "bucketed"]
-    cost = _cost(own[0]) if own else None
+    cost = cost_of(own[0]) if own else None
     if len(own) < 2:
         return None
     best, worst = (choose(own, key=lambda row: row["exposed_ms"]) for choose in (min, max))
@@ -431,11 +338,6 @@ def _bucketed(rows: dict[str, Any]) -> Finding | None:
         so=", to which the best measured is the nearest.",
         but=f", to which {nearest['bucket_mb']:g} MB is the nearest: the two do not agree here.",
     )
-
-
-def _cost(row: Any) -> CallCost | None:
-    known = row["bytes_per_s"] == row["bytes_per_s"]
-    return CallCost(row["bytes_per_s"], row["seconds_per_call"]) if known else None
 
 
 def pytorchs(summary: pd.DataFrame) -> Findings:

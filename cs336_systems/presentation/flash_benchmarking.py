@@ -3,41 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
-from cs336_systems.analysis.attention import AttentionShape
-from cs336_systems.analysis.attention import intensity as flops_per_byte
-from cs336_systems.analysis.hardware import gpu_peaks
 from cs336_systems.analysis.published import H100, LEADERBOARD_2025_MS
 from cs336_systems.bench import remarks
 from cs336_systems.bench.remarks import circumstances, marks, staleness
 from cs336_systems.bench.report import (
-    BOUND,
-    COLOURS,
-    MARKERS,
     MISSING,
-    PUBLISHED,
     Column,
     Finding,
     Findings,
     Picture,
     Table,
     bytes_in_words,
-    figure_style,
-    lengths,
-    logarithmic,
     number,
     percent,
     plural,
     within,
 )
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from cs336_systems.presentation.flash_benchmarking_drawing import draw
 
 REFERENCE = "reference"
 OURS = ("flash-triton", "flash")
@@ -224,7 +211,7 @@ def figure(summary: pd.DataFrame) -> Picture:
     """Forward, backward and memory over the length for every implementation, of shapes alike in all but that."""
     rows = _alike(summary)
     at = f"d {rows['head_dim'].iloc[0]}" if len(rows) else "no records"
-    return Picture(f"{caption(rows)}, {at}", partial(_draw, rows))
+    return Picture(f"{caption(rows)}, {at}", partial(draw, rows))
 
 
 def _alike(rows: pd.DataFrame) -> pd.DataFrame:
@@ -232,53 +219,6 @@ def _alike(rows: pd.DataFrame) -> pd.DataFrame:
     for name in ("dtype", "batch_size", "heads", "is_causal"):
         rows = rows[rows[name] == rows[name].iloc[0]] if len(rows) else rows
     return rows[rows["head_dim"] == rows["head_dim"].max()] if len(rows) else rows
-
-
-def _draw(rows: pd.DataFrame) -> Figure:
-    from matplotlib.figure import Figure
-
-    names = list(dict.fromkeys(rows["implementation"]))
-    with figure_style():
-        drawing = Figure(figsize=(7.4, 3.4))
-        panels = drawing.subplots(1, 3)
-        series: dict[str, Any] = {}
-        for place, name in enumerate(names):
-            timed = rows[(rows["implementation"] == name) & (rows["status"] == "ok")].sort_values("seq_len")
-            style = {
-                "color": COLOURS[place % len(COLOURS)],
-                "marker": MARKERS[place % len(MARKERS)],
-                "linestyle": "-" if place < len(COLOURS) else "--",
-                "markersize": 3.5,
-                "linewidth": 1.1,
-            }
-            for panel, column in zip(panels, ("forward_ms", "backward_ms", "peak_bytes"), strict=True):
-                scale = 2**20 if column == "peak_bytes" else 1
-                (series[name],) = panel.plot(timed["seq_len"], timed[column] / scale, **style)
-        shapes = rows.drop_duplicates("seq_len").sort_values("seq_len")
-        for panel, part in zip(panels, ("forward", "backward"), strict=False):
-            _draw_beside(panel, shapes, part, series)
-            panel.set(title=part, ylabel="time per pass (ms)")
-        panels[2].set(title="peak of both", ylabel="memory beyond the inputs (MiB)")
-        for panel in panels:
-            panel.set_xlabel("length (tokens)")
-            logarithmic(panel.yaxis)
-            lengths(panel.xaxis, shapes["seq_len"])
-        drawing.legend(series.values(), series.keys(), loc="outside lower center", ncols=4)
-    return drawing
-
-
-def _draw_beside(panel: Any, shapes: pd.DataFrame, part: str, series: dict[str, Any]) -> None:
-    """The floor, and what others published for the same shapes."""
-    floor = shapes.dropna(subset=[f"{part}_bound_ms"])
-    if len(floor):
-        line = {"color": BOUND, "linestyle": ":", "marker": "", "linewidth": 1.4}
-        (series["floor"],) = panel.plot(floor["seq_len"], floor[f"{part}_bound_ms"], **line)
-    others = shapes.dropna(subset=[f"h100_{part}_triton_ms"])
-    if len(others):
-        style = {"color": PUBLISHED, "marker": "D", "markerfacecolor": "none", "linestyle": "none", "markersize": 5}
-        (series[f"published Triton, {H100}"],) = panel.plot(
-            others["seq_len"], others[f"h100_{part}_triton_ms"], **style
-        )
 
 
 # Findings ------------------------------------------------------------------------------------------------------
@@ -309,7 +249,7 @@ def _our_name(summary: pd.DataFrame) -> str:
     return [*timed, *(name for name, rows in of.items() if len(rows)), OURS[0]][0]
 
 
-def _beside(summary: pd.DataFrame, other: str) -> pd.DataFrame:
+def beside(summary: pd.DataFrame, other: str) -> pd.DataFrame:
     """Ours and another's on the same shapes, both measured; the columns of the other end in `_other`."""
     measured = summary[summary["status"] == "ok"]
     ours, others = (measured[measured["implementation"] == name] for name in (_our_name(summary), other))
@@ -320,7 +260,7 @@ _SHAPE = ["seq_len", "head_dim", "dtype", "is_causal", "batch_size", "heads"]
 
 
 def memory(rows: pd.DataFrame) -> Finding | None:
-    pairs = _alike(_beside(rows, REFERENCE)).sort_values("seq_len").drop_duplicates("seq_len")
+    pairs = _alike(beside(rows, REFERENCE)).sort_values("seq_len").drop_duplicates("seq_len")
     if len(pairs) < 2:
         return None
     short, long = pairs.iloc[0], pairs.iloc[-1]
@@ -357,7 +297,7 @@ FORWARD_AIM, BACKWARD_AIM = 1.15, 0.9
 
 def against_flash(rows: pd.DataFrame) -> Finding | None:
     """Forward and backward of ours over PyTorch's flash backend, on training's shapes where there are any."""
-    pairs = _beside(rows, "sdpa-flash")
+    pairs = beside(rows, "sdpa-flash")
     training = pairs[pairs["heads"] > 1] if len(pairs) else pairs
     pairs = training if len(training) else pairs
     if not len(pairs):
@@ -402,7 +342,7 @@ def leaderboard(rows: pd.DataFrame) -> Finding | None:
 
 def against_eager(rows: pd.DataFrame) -> Finding | None:
     """Each phase on its own: a gain in one must not hide a loss in another."""
-    pairs = _beside(rows, REFERENCE)
+    pairs = beside(rows, REFERENCE)
     if not len(pairs):
         return None
     ratios = pd.DataFrame({part: pairs[f"{part}_ms_other"] / pairs[f"{part}_ms"] for part, _ in _PARTS})
@@ -419,7 +359,7 @@ def against_eager(rows: pd.DataFrame) -> Finding | None:
 
 def errors(rows: pd.DataFrame) -> Finding | None:
     """Ours over the materialised form's own error in the same precision."""
-    pairs = _beside(rows, REFERENCE).dropna(subset=["output_error", "output_error_other"])
+    pairs = beside(rows, REFERENCE).dropna(subset=["output_error", "output_error_other"])
     if not len(pairs):
         return None
     output, gradients = (pairs[f"{what}_error"] / pairs[f"{what}_error_other"] for what in ("output", "gradient"))
@@ -450,46 +390,3 @@ def nearness(rows: pd.DataFrame) -> Finding | None:
 def _span(values: pd.Series) -> str:
     least, most = number(values.min(), 2), number(values.max(), 2)
     return least if least == most else f"{least} to {most}"
-
-
-def roofline_findings(summary: pd.DataFrame) -> Findings:
-    """What tiling changes, in FLOPs per byte, beside what the machine can do, and beside GPUs by their datasheets."""
-    return Findings([*roofline(summary), on_gpus()])
-
-
-def roofline(summary: pd.DataFrame) -> Findings:
-    """The same for the machine alone."""
-    return Findings(
-        Finding.from_all(summary, "What tiling does to the traffic here", intensity) if len(summary) else ()
-    )
-
-
-def intensity(rows: pd.DataFrame) -> Finding | None:
-    pairs = _beside(rows, REFERENCE).dropna(subset=["ridge"])
-    if not len(pairs):
-        return None
-    row = pairs.sort_values(["seq_len", "head_dim"]).iloc[-1]
-    shape = f"length {row['seq_len']:,}, d {row['head_dim']}, {row['dtype']}"
-    return _sides(shape, row["intensity_other"], row["intensity"], {row["machine"]: row["ridge"]})
-
-
-def on_gpus(names: Sequence[str] = ("a100-40gb", "h100-sxm", "h200"), seq_len: int = 16_384) -> Finding:
-    """The same of GPUs that need not be there, by their datasheets, at d 64 in bfloat16."""
-    shape = AttentionShape(1, 1, seq_len, 64, is_causal=False, itemsize=2)
-    stored, tiled = (flops_per_byte(shape, "forward", materialised=stored) for stored in (True, False))
-    peaks = {name: gpu_peaks(name) for name in names}
-    ridges = {name: each.rate("bfloat16") / each.bandwidth_bytes_per_s for name, each in peaks.items()}
-    return _sides(f"length {seq_len:,}, d 64, bfloat16", stored, tiled, ridges)
-
-
-def _sides(shape: str, stored: float, tiled: float, ridges: Mapping[str, float]) -> Finding:
-    """On which side of the ridge of every machine the two forms lie."""
-    known = ", ".join(f"{number(ridge)} on {name}" for name, ridge in ridges.items())
-    return Finding.checked(
-        f"At {shape} the materialised form does {number(stored)} FLOPs for each byte that its operators move; a tiled "
-        f"one up to {number(tiled)}, if Q, K, V and O pass once between memory and chip. Products and memory are "
-        f"equally busy at {known}",
-        all(stored < ridge < tiled for ridge in ridges.values()),
-        so=": tiling takes attention from the side of bandwidth to that of arithmetic.",
-        but=": there both lie on one side, so that tiling changes memory more than time.",
-    )

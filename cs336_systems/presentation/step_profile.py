@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
@@ -12,14 +12,12 @@ from cs336_systems.analysis.published import A100
 from cs336_systems.bench import remarks
 from cs336_systems.bench.remarks import enumerated, marks, staleness
 from cs336_systems.bench.report import (
-    COLOURS,
     MISSING,
     Column,
     Finding,
     Findings,
     Picture,
     Table,
-    figure_style,
     number,
     percent,
     plural,
@@ -28,6 +26,8 @@ from cs336_systems.bench.report import (
     with_deviation,
 )
 from cs336_systems.experiments.step_profile import PRODUCTS
+from cs336_systems.presentation.step_profile_attention import attention_rows
+from cs336_systems.presentation.step_profile_drawing import draw
 from cs336_systems.presentation.transformer_step import (
     caption_of,
     identity,
@@ -37,9 +37,6 @@ from cs336_systems.presentation.transformer_step import (
     without_autocast,
 )
 from cs336_systems.profiling.categories import CATEGORIES
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 TOP = 8
 PHASES_OF_STEP = ("forward", "loss", "backward", "optimizer")
@@ -233,44 +230,10 @@ def _share(row: Any, category: str) -> str:
     return MISSING if not share else percent(share)
 
 
-HATCHES = ("", "//", "..", "xx", "\\\\", "++", "")
-
-
 def figure(summary: pd.DataFrame) -> Picture:
     """A bar for inference and one for a whole step of each case, and of the largest for each phase, by kind of work."""
-    return Picture(f"{caption(summary, 'Share of the time by kind')}; times per step beside", partial(_draw, summary))
-
-
-def _draw(summary: pd.DataFrame) -> Figure:
-    from matplotlib.figure import Figure
-
-    rows = bars(divided(summary))
-    with figure_style():
-        drawing = Figure(figsize=(7.4, 1.3 + 0.24 * max(1, len(rows))))
-        axes = drawing.subplots()
-        places = list(range(len(rows)))[::-1]
-        left = [0.0] * len(rows)
-        colours = (*COLOURS, "#c7ccd4", "#f1f3f5")
-        for category, colour, hatch in zip(CATEGORIES, colours, HATCHES, strict=True):
-            shares = [100 * row.categories.get(category, 0.0) / row.total_ms for row in rows.itertuples()]
-            if any(shares):
-                look: dict[str, Any] = {"color": colour, "edgecolor": "white", "linewidth": 0.5, "hatch": hatch}
-                axes.barh(places, shares, left=left, height=0.8, label=category, **look)
-            left = [before + share for before, share in zip(left, shares, strict=True)]
-        labels = [_bar_name(row) for row in rows.itertuples()]
-        axes.set_yticks(places, labels, fontsize="small")
-        for place, row in zip(places, rows.itertuples(), strict=True):
-            axes.annotate(f" {number(row.total_ms)} ms", (100, place), va="center", fontsize="small")
-        axes.grid(visible=False, axis="y")
-        axes.set(
-            xlim=(0, 100),
-            ylim=(-0.6, max(1, len(rows)) - 0.4),
-            xlabel=f"share of the time of {_units(summary)} (%)",
-            ylabel="case and range",
-        )
-        if len(rows):
-            drawing.legend(loc="outside lower center", ncols=4)
-    return drawing
+    shown = partial(draw, bars(divided(summary)), _units(summary))
+    return Picture(f"{caption(summary, 'Share of the time by kind')}; times per step beside", shown)
 
 
 def bars(rows: pd.DataFrame) -> pd.DataFrame:
@@ -281,12 +244,6 @@ def bars(rows: pd.DataFrame) -> pd.DataFrame:
     step = largest(rows, "step")
     whole = rows["phase"].eq("forward") | rows["range"].eq("step")
     return rows[whole if step is None else whole | rows["case"].eq(step["case"])]
-
-
-def _bar_name(row: Any) -> str:
-    where = "inference" if row.phase == "forward" else row.range if row.range != "step" else "whole step"
-    autocast = "" if row.autocast == "none" else f", {row.autocast}"
-    return f"{row.size} {row.context_length}{autocast}: {where}"
 
 
 # Attention -----------------------------------------------------------------------------------------------------
@@ -312,33 +269,6 @@ def attention(summary: pd.DataFrame) -> Table:
         "divides and masks, and attention has projections, norm and rotary embedding beside."
     )
     return Table.of(rows, columns, caption=caption(summary, "Inside attention, forward"), notes=[note, *_notes(rows)])
-
-
-def attention_rows(summary: pd.DataFrame) -> pd.DataFrame:
-    """A row per forward with the times of attention's parts beside one another, where its scores are materialised."""
-    rows = []
-    forward = summary[(summary["phase"] == "forward")] if len(summary) else summary
-    for _, group in forward.groupby("case", sort=False) if len(forward) else ():
-        parts = group.set_index("range")
-        if "softmax" in parts.index:
-            rows.append({**group.iloc[0].to_dict(), **_parts_of_attention(parts)})
-    return pd.DataFrame(rows, columns=None if rows else [*summary.columns, "time_ratio"])
-
-
-def _parts_of_attention(parts: pd.DataFrame) -> dict[str, float]:
-    scores, softmax, value_product, attention = (
-        parts.loc[name] for name in ("scores", "softmax", "value product", "attention")
-    )
-    products_ms = sum(part["total_ms"] * part["product_share"] for part in (scores, value_product))
-    return {
-        "scores_ms": scores["total_ms"],
-        "scores_product_ms": scores["total_ms"] * scores["product_share"],
-        "softmax_ms": softmax["total_ms"],
-        "value_product_ms": value_product["total_ms"],
-        "attention_ms": attention["total_ms"],
-        "attention_floor_ms": attention["range_bound_ms"],
-        "time_ratio": softmax["total_ms"] / products_ms if products_ms else math.nan,
-    }
 
 
 # Findings ------------------------------------------------------------------------------------------------------

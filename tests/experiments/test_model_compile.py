@@ -20,8 +20,9 @@ from cs336_systems.bench.grid import runnable
 from cs336_systems.bench.machine import this_machine
 from cs336_systems.bench.records import Measurement, Record, Store
 from cs336_systems.errors import UserError
-from cs336_systems.experiments import model_compile
-from cs336_systems.experiments.model_compile import EAGER, EXACT, TRAFFIC, Case, name_of
+from cs336_systems.experiments import model_compile, model_compile_forms
+from cs336_systems.experiments.model_compile import EXACT, TRAFFIC, Case
+from cs336_systems.experiments.model_compile_forms import EAGER, name_of
 from cs336_systems.experiments.transformer_step import bound_ms
 
 pytestmark = [
@@ -117,7 +118,7 @@ def aot_eager(*graph_and_inputs: Any) -> Any:
 def theirs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Graphs and their backward are made, and no code: that is what takes seconds."""
     monkeypatch.setattr("cs336_systems.model.load_object", CLASSES.__getitem__)
-    monkeypatch.setattr(model_compile, "inductor_apart", lambda: partial(aot_eager))
+    monkeypatch.setattr(model_compile_forms, "inductor_apart", lambda: partial(aot_eager))
     monkeypatch.setattr(model_compile, "prepare_compiler", lambda _: None)
     yield
     torch.compiler.reset()
@@ -273,7 +274,7 @@ def test_a_compiler_that_fails_is_a_failed_form_with_its_reason(monkeypatch: pyt
     def fails(*_: Any) -> Any:
         raise ValueError("no such instruction")
 
-    monkeypatch.setattr(model_compile, "inductor_apart", lambda: fails)
+    monkeypatch.setattr(model_compile_forms, "inductor_apart", lambda: fails)
     values = measured(smallest(rounds=1)).values
     for phase in TRAINING:
         part = values[name_of(phase, "model")]
@@ -288,7 +289,7 @@ def test_a_failed_form_makes_the_record_one_to_measure_again(store: Store, monke
         if mode != EAGER:
             raise RuntimeError("broken")
 
-    monkeypatch.setattr(model_compile, "compile_model", breaks)
+    monkeypatch.setattr(model_compile_forms, "compile_model", breaks)
     (cell,) = model_compile.grid(contexts={"tiny": [8]}, phases=["forward"], rounds=1, device="cpu")
     outcome = sweep.run(model_compile, [cell], store=store, machine=this_machine("cpu"))
     assert outcome.failed == outcome.records

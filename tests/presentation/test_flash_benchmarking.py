@@ -17,6 +17,7 @@ from cs336_systems.bench.records import Measurement, Record, Store
 from cs336_systems.bench.report import Table, number
 from cs336_systems.experiments import flash_benchmarking
 from cs336_systems.presentation import flash_benchmarking as presentation
+from cs336_systems.presentation.flash_benchmarking_roofline import on_gpus, roofline, roofline_findings
 
 pytestmark = pytest.mark.problem("flash_benchmarking")
 
@@ -338,14 +339,14 @@ def test_of_nothing_but_missing_records_every_sentence_says_what_to_run(store: S
     table = presentation.table(shown)
     assert set(cells(table, "both (ms)")) == {"missing"}
     assert TO_RUN in str(table)
-    assert TO_RUN in str(presentation.roofline(shown))
+    assert TO_RUN in str(roofline(shown))
 
 
 def test_without_records_the_sentence_names_the_command_that_produces_them() -> None:
     (only,) = presentation.findings(pd.DataFrame())
     assert "scripts/measure.py flash_benchmarking" in str(only)
-    assert list(presentation.roofline(pd.DataFrame())) == []
-    assert len(presentation.roofline_findings(pd.DataFrame())) == 1
+    assert list(roofline(pd.DataFrame())) == []
+    assert len(roofline_findings(pd.DataFrame())) == 1
     assert "No records" in presentation.table(pd.DataFrame()).caption
 
 
@@ -365,7 +366,7 @@ def test_that_sentences_speak_of_an_earlier_source_is_the_last_of_them_and_count
 
 
 def test_tiling_crosses_the_ridge_of_every_gpu_by_its_datasheet() -> None:
-    found = presentation.on_gpus()
+    found = on_gpus()
     assert found.holds is True
     # Twice d over 7·i, and T over i, less what Q, K, V and O add to the traffic of the matrices.
     assert "does 9.1" in str(found)
@@ -375,7 +376,7 @@ def test_tiling_crosses_the_ridge_of_every_gpu_by_its_datasheet() -> None:
 
 
 def test_where_both_forms_lie_on_one_side_of_the_ridge_it_is_said() -> None:
-    found = presentation.on_gpus(seq_len=128)
+    found = on_gpus(seq_len=128)
     assert found.holds is False
     assert "there both lie on one side" in str(found)
 
@@ -383,13 +384,13 @@ def test_where_both_forms_lie_on_one_side_of_the_ridge_it_is_said() -> None:
 def test_the_machines_own_roofline_is_of_the_longest_shape_that_both_forms_have(store: Store) -> None:
     records = [*usual(), record_of(flash_case(seq_len=8192), fell_out={"reference": ("oom", "x")})]
     shown = summary(store, *records)
-    (found,) = presentation.roofline(shown)
+    (found,) = roofline(shown)
     assert "At length 4,096, d 16, float32" in str(found)
     assert "10.0 on toy-1c" in str(found)
     assert found.holds is True
-    (other,) = presentation.roofline(shown.assign(ridge=0.1))
+    (other,) = roofline(shown.assign(ridge=0.1))
     assert other.holds is False
-    assert list(presentation.roofline_findings(shown)) == [found, presentation.on_gpus()]
+    assert list(roofline_findings(shown)) == [found, on_gpus()]
 
 
 # Figures -------------------------------------------------------------------------------------------------------

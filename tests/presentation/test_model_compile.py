@@ -12,7 +12,7 @@ from shown_tables import cells, plain
 
 from cs336_systems.bench.records import Measurement, Record, Store
 from cs336_systems.experiments import model_compile
-from cs336_systems.experiments.model_compile import name_of
+from cs336_systems.experiments.model_compile_forms import name_of
 from cs336_systems.presentation import model_compile as presentation
 
 pytestmark = pytest.mark.problem("torch_compile")

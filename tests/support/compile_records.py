@@ -9,7 +9,8 @@ from typing import Any
 
 from cs336_systems.analysis.hardware import Peaks
 from cs336_systems.bench.records import Measurement, Record, Status, missing_record
-from cs336_systems.experiments.model_compile import EAGER, EXACT, TRAFFIC, Case, name_of
+from cs336_systems.experiments.model_compile import EXACT, TRAFFIC, Case
+from cs336_systems.experiments.model_compile_forms import EAGER, name_of
 from cs336_systems.model import model_size
 from cs336_systems.step import PHASES_OF_TRAINING
 
