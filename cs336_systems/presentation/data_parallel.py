@@ -331,9 +331,9 @@ def _bucketed(rows: dict[str, Any]) -> Finding | None:
     modelled = cost.best_bucket_bytes(total)
     nearest = min(own, key=lambda row: abs(math.log(row["bucket_mb"] * BYTES_PER_MB / modelled)))
     return Finding.checked(
-        f"{fact}. By the model, with {bytes_in_words(cost.bytes_per_s)} per second and "
+        f"{fact}. By the model, with {number(cost.bytes_per_s / 1e9)} GB per second and "
         f"{number(1e6 * cost.seconds_per_call)} µs per call, as reductions with nothing beside them take, the best "
-        f"bucket has {bytes_in_words(modelled)}",
+        f"bucket has {number(modelled / BYTES_PER_MB)} MB",
         bool(nearest["bucket_mb"] == best["bucket_mb"]),
         so=", to which the best measured is the nearest.",
         but=f", to which {nearest['bucket_mb']:g} MB is the nearest: the two do not agree here.",
