@@ -145,7 +145,7 @@ def test_memory_is_said_to_be_bought_with_time_only_where_time_is_paid(store: St
 
 
 def test_noisy_times_say_nothing_of_what_memory_costs(store: Store) -> None:
-    noisy = {"noise": {"flags": ["spread of 99% of the median"]}}
+    noisy: dict[str, Any] = {"noise": {"flags": ["spread of 99% of the median"]}}
     quiet_step, noisy_step = (record_for(long_case("none"), ms=10.0, **changes) for changes in ({}, noisy))
     quiet, disturbed = record_for(long_case("every-1"), ms=13.0), record_for(long_case("nested"), ms=7.0, **noisy)
     text = said(summary(store, quiet_step, quiet, disturbed))
