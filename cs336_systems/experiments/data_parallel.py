@@ -29,7 +29,7 @@ from cs336_systems.distributed.launch import launch
 from cs336_systems.distributed.variants import NAMES, WITH_BUCKETS, check_name, load_ddp
 from cs336_systems.errors import UserError
 from cs336_systems.experiments import data_parallel_ranks
-from cs336_systems.experiments.data_parallel_memory import gradient_bytes, without_room
+from cs336_systems.experiments.data_parallel_memory import gradient_bytes, planned_bytes, without_room
 from cs336_systems.experiments.data_parallel_ranks import (
     ALONE,
     AT_ONCE,
@@ -254,6 +254,7 @@ def predict(cases: Sequence[Case], peaks: Peaks) -> pd.DataFrame:
                 "size": case.size,
                 **dataclasses.asdict(case),
                 "gradient_bytes": gradient_bytes(case),
+                "planned_bytes": planned_bytes(case, case.wrappers, peaks.name),
                 "bound_ms": floor_ms(case, peaks),
                 "ceilings": peaks.name,
                 "variants": len(case.variants),
@@ -265,11 +266,7 @@ def predict(cases: Sequence[Case], peaks: Peaks) -> pd.DataFrame:
 
 def floor_ms(case: Case, peaks: Peaks) -> float:
     """The floor of a step: on a CPU all ranks share its cores, each GPU has a rank of its own."""
-    step = (
-        dataclasses.replace(case.step_of_rank, batch_size=case.batch_size)
-        if case.device == "cpu"
-        else case.step_of_rank
-    )
+    step = case.as_step() if case.device == "cpu" else case.step_of_rank
     return bound_ms(step, peaks)[0]
 
 

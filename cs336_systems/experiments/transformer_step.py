@@ -179,10 +179,9 @@ def plan_of(case: StepConfig, gpu: str | None = None) -> Footprint | None:
 
     `gpu`: whose plan, for a case of a GPU, by its key; by default this machine's.
     """
-    if case.device == "cpu":
-        device: str | None = CPU
-    else:
-        device = gpu or identify_gpu(torch.cuda.get_device_name())
+    device = CPU if case.device == "cpu" else gpu
+    if device is None and torch.cuda.is_available():
+        device = identify_gpu(torch.cuda.get_device_name())
     try:
         return None if device is None else plan_step(case, device)
     except UserError:  # measuring itself says what is wrong, if anything is

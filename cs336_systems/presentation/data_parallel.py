@@ -68,6 +68,7 @@ def prediction(predicted: pd.DataFrame) -> Table:
         Column("ranks", lambda row: str(row.world_size)),
         Column("batch of a rank", lambda row: str(row.batch_size // row.world_size)),
         Column("gradients (MB)", lambda row: number(row.gradient_bytes / BYTES_PER_MB, 4)),
+        Column("a rank holds at least (MB)", lambda row: number(row.planned_bytes / BYTES_PER_MB, 4)),
         Column("wrappers in turn", lambda row: str(row.variants)),
         Column("floor alone (ms)", lambda row: number(row.bound_ms)),
     ]

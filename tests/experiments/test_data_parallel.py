@@ -15,6 +15,7 @@ from data_parallel_records import COST, GRADIENT_BYTES, case_of, narrow_case, re
 from ddp_workers import toy
 from profile_records import FINGERPRINT, PEAKS, record_of
 
+from cs336_systems.analysis.footprint import plan_step
 from cs336_systems.bench.records import Measurement, case_key, missing_record
 from cs336_systems.bench.sweep import AVAILABLE, OutOfMemory
 from cs336_systems.distributed.ddp import BYTES_PER_MB, buckets_of
@@ -22,7 +23,7 @@ from cs336_systems.distributed.launch import RankFailed
 from cs336_systems.errors import UserError
 from cs336_systems.experiments import data_parallel
 from cs336_systems.experiments.data_parallel import Case
-from cs336_systems.experiments.data_parallel_memory import gradient_bytes, without_room
+from cs336_systems.experiments.data_parallel_memory import gradient_bytes, planned_bytes, without_room
 from cs336_systems.experiments.data_parallel_ranks import (
     ALONE,
     AT_ONCE,
@@ -336,44 +337,59 @@ def test_what_cannot_fit_is_told_with_ranks_and_bytes_before_it_is_built(monkeyp
     case = case_of("medium", world_size=4)
     monkeypatch.setattr(data_parallel, "launch", lambda *_, **__: pytest.fail("it was built"))
     monkeypatch.setattr(data_parallel, "available_bytes", lambda _: 2**20)
-    with pytest.raises(OutOfMemory, match=r"of 4 ranks need at least [\d.]+ GiB, and 1\.00 MiB are available"):
+    with pytest.raises(OutOfMemory, match=r"4 ranks would hold at least [\d.]+ GiB .*, and 1\.00 MiB are available"):
         data_parallel.measure(case, lambda _: None)
-    with pytest.raises(OutOfMemory, match=r"of 1 rank need"):
+    with pytest.raises(OutOfMemory, match=r"1 rank would hold"):
         data_parallel.measure(dataclasses.replace(case, device="cuda"), lambda _: None)
 
 
 def test_ranks_share_the_memory_of_a_cpu_and_have_a_gpu_each() -> None:
-    two, four = (case_of(world_size=ranks) for ranks in (2, 4))
-    assert least_bytes(four) == 2 * least_bytes(two) > 0
-    on_gpus = {least_bytes(dataclasses.replace(case, device="cuda")) for case in (two, four)}
-    assert on_gpus == {least_bytes(two) // 2}
+    two, four = (case_of(world_size=ranks, batch_size=2 * ranks) for ranks in (2, 4))
+    for case in (two, four):
+        assert least_bytes(case) == case.world_size * planned_bytes(case, case.wrappers)
+        on_gpus = dataclasses.replace(case, device="cuda")
+        assert least_bytes(on_gpus) == planned_bytes(on_gpus, case.wrappers)
 
 
 def test_a_set_of_gradients_is_planned_for_buffers_and_one_more_for_what_pytorchs_wrapper_keeps() -> None:
-    gradients = 2 * gradient_bytes(case_of())  # of two ranks
-    sets = {
-        ("naive",): 4,
-        ("naive", OWN): 4,
-        ("naive", "flat"): 5,
-        ("flat", "overlapped", "bucketed"): 5,
-        ("torch",): 5,
-        data_parallel.WRAPPERS: 6,
-    }
-    for wrappers, expected in sets.items():
-        assert least_bytes(case_of(wrappers=wrappers)) == expected * gradients
+    case = case_of()
+    gradients = gradient_bytes(case)
+    bare = planned_bytes(case, ["naive"])
+    assert 4 * gradients < bare < 5 * gradients
+    assert planned_bytes(case, ["naive", OWN]) == bare
+    for wrappers in (["naive", "flat"], ["flat", "overlapped", "bucketed"]):
+        assert planned_bytes(case, wrappers) == 5 * gradients
+    assert planned_bytes(case, ["torch"]) == bare + gradients
+    assert planned_bytes(case, data_parallel.WRAPPERS) == 6 * gradients
+
+
+def test_the_whole_batch_in_one_process_is_planned_with_its_activations() -> None:
+    small, large = (case_of(batch_size=batch) for batch in (4, 64))
+    whole = plan_step(large.as_step(phase="forward-backward"), "cpu").peak_allocated_bytes
+    part = plan_step(large.step_of_rank.as_step(phase="step"), "cpu").peak_allocated_bytes
+    assert planned_bytes(large, ["naive"]) == whole > part
+    assert planned_bytes(large, ["naive"]) > 2 * planned_bytes(small, ["naive"])
+
+
+def test_a_model_that_cannot_be_planned_is_counted_by_its_weights() -> None:
+    case = case_of(attention="flash-triton", wrappers=("naive",))
+    assert planned_bytes(case, case.wrappers) == 4 * gradient_bytes(case)
 
 
 def test_where_not_all_fit_pytorchs_wrapper_is_left_out_first_then_those_that_need_a_buffer() -> None:
     case = case_of()
-    everything = least_bytes(case)
-    gradients = 2 * gradient_bytes(case)
+    everything, unbuffered, bare = (
+        case.world_size * planned_bytes(case, wrappers)
+        for wrappers in (case.wrappers, ("naive", "flat", "overlapped", "bucketed"), ("naive",))
+    )
+    assert everything > unbuffered > bare
     assert without_room(case, everything) == {}
     assert set(without_room(case, everything - 1)) == {"torch"}
-    assert set(without_room(case, everything - gradients - 1)) == {"torch", "flat", "overlapped", "bucketed"}
+    assert set(without_room(case, unbuffered - 1)) == {"torch", "flat", "overlapped", "bucketed"}
     with pytest.raises(OutOfMemory):
-        without_room(case, everything - 2 * gradients - 1)
+        without_room(case, bare - 1)
     with pytest.raises(OutOfMemory):
-        without_room(dataclasses.replace(case, wrappers=("torch",)), everything - gradients - 1)
+        without_room(dataclasses.replace(case, wrappers=("torch",)), bare)
 
 
 @pytest.mark.distributed
