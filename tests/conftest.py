@@ -5,6 +5,7 @@ A problem's points are earned when every test of it that this machine can run pa
 
 from __future__ import annotations
 
+import html
 import itertools
 import os
 import signal
@@ -18,6 +19,7 @@ import torch
 
 from cs336_systems.bench.machine import usable_cores
 from cs336_systems.bench.records import Store
+from cs336_systems.bench.report import Picture
 from cs336_systems.repository import repository_root
 from cs336_systems.workbook.index import YEARS, load_index
 
@@ -133,6 +135,17 @@ def store(tmp_path: Path) -> Store:
 def _no_records_of_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test writes into the checkout's own records."""
     monkeypatch.setenv("CS336_DATA", str(tmp_path / "local"))
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are empty meanwhile: for tests of what stands around them, since drawing is most of rendering."""
+
+    def frame(picture: Picture) -> bytes:
+        title = html.escape(picture.caption)
+        return f'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><title>{title}</title></svg>'.encode()
+
+    monkeypatch.setattr(Picture, "svg", frame)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ Source: CS336 assignment 2, section 1.1.5.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
@@ -107,7 +108,8 @@ def predict(cases: Sequence[Case], peaks: Peaks) -> pd.DataFrame:
     return pd.DataFrame(_predicted(case) for case in cases)
 
 
-def _predicted(case: Case) -> dict[str, Any]:
+@functools.lru_cache(maxsize=64)  # thousands of exact fractions, which every table of a case asks for again
+def _predicted(case: Case) -> Mapping[str, Any]:
     known = expected(case)
     error, of_the_addend = float(known.errors()[-1]), float(known.of_the_addend()[-1])
     return {

@@ -15,6 +15,8 @@ from writeup_records import laptop_case, published_cpu, record_here
 
 from cs336_systems.bench.records import Store
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
