@@ -21,10 +21,10 @@ run: setup
 	@$(BIN)/python scripts/run.py --profile $(PROFILE) $(ARGS)
 
 test: setup
-	@$(BIN)/python -m pytest --numprocesses auto $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses auto --dist loadfile $(ARGS)
 
 browser-test: setup
-	@$(BIN)/python -m pytest tests/browser --numprocesses auto --dist loadgroup $(ARGS)
+	@$(BIN)/python -m pytest tests/browser --numprocesses auto $(ARGS)
 
 writeup: setup
 	@$(BIN)/python scripts/writeup.py $(ARGS)

@@ -20,7 +20,13 @@ from typing import Any
 
 import torch
 
-from cs336_systems.bench.allocator import available_bytes, is_out_of_memory, memory_cap, release_free_memory
+from cs336_systems.bench.allocator import (
+    available_bytes,
+    heap_set_aside,
+    is_out_of_memory,
+    memory_cap,
+    release_free_memory,
+)
 from cs336_systems.bench.context import run_context, utc_now
 from cs336_systems.bench.fingerprint import fingerprint
 from cs336_systems.bench.grid import Cell
@@ -99,7 +105,7 @@ def run(
     counts: Counter[str] = Counter(reused=len(cells) - len(waiting))
     if waiting:
         context = run_context(experiment, machine, parameters if parameters is not None else _axes(cells))
-        with store.begin_run(machine, name, context) as writer:
+        with store.begin_run(machine, name, context) as writer, heap_set_aside():
             for record in _measure_all(experiment, waiting, fingerprints, machine, writer):
                 known[record.key] = record
                 counts[record.status] += 1

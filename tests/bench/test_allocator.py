@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from cs336_systems.bench.allocator import (
     PeakMemory,
     allocated_bytes,
     describe_memory,
+    heap_set_aside,
     is_out_of_memory,
     memory_cap,
 )
@@ -28,6 +31,37 @@ def test_the_peak_on_a_cpu_counts_memory_that_was_freed_again() -> None:
     growth = memory.values["growth_resident_bytes"]
     assert 250 * MIB <= growth <= 320 * MIB
     assert memory.values["peak_resident_bytes"] > growth
+
+
+class Knot:
+    """Keeps itself, so that only a collection lets it go."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+def test_what_was_there_before_is_set_aside_and_what_comes_after_is_collected_as_ever() -> None:
+    gc.unfreeze()
+    try:
+        before = gc.get_freeze_count()
+        with heap_set_aside():
+            aside = gc.get_freeze_count()
+            with heap_set_aside():
+                assert gc.get_freeze_count() >= aside
+            assert gc.get_freeze_count() >= aside > before
+            there = weakref.ref(Knot())
+            gc.collect()
+            assert there() is None
+        assert gc.get_freeze_count() == before
+    finally:
+        gc.freeze()
+
+
+def test_a_collection_goes_through_the_less_the_more_is_set_aside() -> None:
+    kept = [[number] for number in range(10_000)]
+    with heap_set_aside():
+        gone_through = {id(each) for each in gc.get_objects()}
+        assert not gone_through & {id(each) for each in kept}
 
 
 def test_a_second_region_does_not_see_the_peak_of_the_first() -> None:

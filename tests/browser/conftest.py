@@ -3,11 +3,28 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 
 import pytest
 from playwright.sync_api import Browser, sync_playwright
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
+
+
+class ByTab(LoadScopeScheduling):  # type: ignore[misc]
+    """What is done with one notebook is done in one tab, in order, and so by one worker; else by file."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file, _, test = nodeid.partition("::")
+        notebook = re.search(r"\[(\d\d_\w+)\]$", test)
+        return notebook[1] if notebook else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByTab:
+    return ByTab(config, log)
 
 
 @pytest.fixture(scope="session")

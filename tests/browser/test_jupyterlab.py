@@ -26,12 +26,7 @@ NOTEBOOKS = load_index().notebooks_there()
 # No bound on speed: a hang is a failure, and this is how long nothing may take.
 LIMIT_MS = 120_000
 
-# What is done with one notebook is done in one tab, in this order, and so by one worker of a parallel run.
-every_notebook = pytest.mark.parametrize(
-    "notebook",
-    [pytest.param(notebook, marks=pytest.mark.xdist_group(notebook.name)) for notebook in NOTEBOOKS],
-    ids=lambda notebook: notebook.name,
-)
+every_notebook = pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.name)
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,6 @@ from cs336_systems.workbook.editions import build
 from cs336_systems.workbook.evidence import Archive
 from cs336_systems.workbook.index import load_index
 
-pytestmark = pytest.mark.xdist_group("writeup")
-
 
 @pytest.fixture(scope="module")
 def document(tmp_path_factory: pytest.TempPathFactory) -> Path:
