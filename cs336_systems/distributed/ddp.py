@@ -108,13 +108,25 @@ class _Reduction:
             self._work.wait()
             self._work = None
 
-    def averages(self) -> list[Tensor]:
-        """The averaged gradients, in the shapes of the parameters; to be called once."""
+    def take_over(self, used: Iterable[bool]) -> None:
+        """Make the averages the parameters' gradients; to be called once.
+
+        `used` says of each parameter whether any rank has a gradient of it: else it keeps none.
+        """
         self.wait()
-        if not self._averages:
-            self._buffer.div_(dist.get_world_size())
+        pairs = []
         pieces = self._buffer.view(-1).split([parameter.numel() for parameter in self.bucket])
-        return [piece.view(parameter.shape) for piece, parameter in zip(pieces, self.bucket, strict=True)]
+        for parameter, piece, is_used in zip(self.bucket, pieces, used, strict=True):
+            if parameter.grad is None and is_used:
+                parameter.grad = torch.empty_like(parameter, requires_grad=False, memory_format=torch.contiguous_format)
+            if parameter.grad is not None:
+                pairs.append((parameter.grad, piece.view(parameter.shape)))
+        if not self._averages:
+            for gradient, total in pairs:
+                torch.div(total, dist.get_world_size(), out=gradient)  # one pass over memory: it divides as it copies
+        elif elsewhere := [pair for pair in pairs if pair[0].data_ptr() != pair[1].data_ptr()]:
+            gradients, averages = zip(*elsewhere, strict=True)
+            torch._foreach_copy_(gradients, averages)
 
 
 def _gradient_or_zeros(parameter: nn.Parameter) -> Tensor:
@@ -268,16 +280,7 @@ class DataParallel(nn.Module):
     def _take_over_averages(self, used: Sequence[bool]) -> None:
         flags = iter(used)
         for reduction in self._begun:
-            into, averages = [], []
-            for parameter, average in zip(reduction.bucket, reduction.averages(), strict=True):
-                is_used = next(flags)
-                if parameter.grad is not None and parameter.grad.data_ptr() != average.data_ptr():
-                    into.append(parameter.grad)
-                    averages.append(average)
-                elif parameter.grad is None and is_used:
-                    parameter.grad = average.clone(memory_format=torch.contiguous_format)
-            if into:
-                torch._foreach_copy_(into, averages)
+            reduction.take_over([next(flags) for _ in reduction.bucket])
 
     @torch.no_grad()
     def _drop_round(self) -> None:
