@@ -279,8 +279,8 @@ def _flat(rows: dict[str, Any]) -> Finding | None:
         f"for {number(naive_row['reductions'] / row['reductions'], 2)} times the calls",
         bool(row["finish_ms"] < naive_row["finish_ms"]),
         so=", since each call costs something whatever its size.",
-        but=": here calls are cheap, and copying all gradients into one tensor, whose memory is new in every step, and back "
-        "is not."
+        but=": here calls are cheap, and copying all gradients into one tensor, whose memory is new in every step, and "
+        "back is not."
         if row["device"] == "cpu"
         else ": here that saves nothing.",
     )
