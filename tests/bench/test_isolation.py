@@ -44,9 +44,10 @@ def test_a_child_that_the_system_kills_is_taken_to_have_run_out_of_memory() -> N
 
 
 def test_a_child_that_hangs_is_killed_after_its_time_and_leaves_no_process() -> None:
+    before = psutil.Process().children(recursive=True)  # the server that forks ranks, where a test has launched some
     with pytest.raises(TimeoutError, match="killed after 4 s"):
         measure_in_fresh_process(toy_experiment, toy_experiment.Case(1, "hang"), timeout_s=4)
-    assert psutil.Process().children(recursive=True) == []
+    assert set(psutil.Process().children(recursive=True)) <= set(before)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a parent's death is seen through the process table of POSIX")

@@ -32,7 +32,7 @@ def test_the_samples_tables_state_its_figures_in_bytes_and_gibibytes() -> None:
     assert [text.strip() for text in facts["peak allocated"]] == ["13,581,844,992", "12.649"]
     assert [text.strip() for text in facts["peak reserved"]] == ["14,120,124,416", "13.150"]
     assert [text.strip() for text in facts["allocated when the trace began"]] == ["8,192,293,376", "7.630"]
-    assert "1 GiB = 2\\^30 bytes" in made[0].notes[0]
+    assert "1 GiB = 2³⁰ bytes" in made[0].notes[0]
     assert len(made) == 6
     assert all(len(table.rows) <= 3 for table in made[1:])
 
