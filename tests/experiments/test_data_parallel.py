@@ -334,7 +334,7 @@ def least_bytes(case: Case, left_out: int = 0) -> int:
 
 
 def test_what_cannot_fit_is_told_with_ranks_and_bytes_before_it_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = case_of("medium", world_size=4)
+    case = case_of(world_size=4)
     monkeypatch.setattr(data_parallel, "launch", lambda *_, **__: pytest.fail("it was built"))
     monkeypatch.setattr(data_parallel, "available_bytes", lambda _: 2**20)
     with pytest.raises(OutOfMemory, match=r"4 ranks would hold at least [\d.]+ GiB .*, and 1\.00 MiB are available"):
@@ -344,8 +344,8 @@ def test_what_cannot_fit_is_told_with_ranks_and_bytes_before_it_is_built(monkeyp
 
 
 def test_ranks_share_the_memory_of_a_cpu_and_have_a_gpu_each() -> None:
-    two, four = (case_of(world_size=ranks, batch_size=2 * ranks) for ranks in (2, 4))
-    for case in (two, four):
+    for ranks in (2, 4):
+        case = narrow_case(world_size=ranks, batch_size=2 * ranks)
         assert least_bytes(case) == case.world_size * planned_bytes(case, case.wrappers)
         on_gpus = dataclasses.replace(case, device="cuda")
         assert least_bytes(on_gpus) == planned_bytes(on_gpus, case.wrappers)
@@ -364,7 +364,7 @@ def test_a_set_of_gradients_is_planned_for_buffers_and_one_more_for_what_pytorch
 
 
 def test_the_whole_batch_in_one_process_is_planned_with_its_activations() -> None:
-    small, large = (case_of(batch_size=batch) for batch in (4, 64))
+    small, large = (narrow_case(batch_size=batch) for batch in (4, 64))
     whole = plan_step(large.as_step(phase="forward-backward"), "cpu").peak_allocated_bytes
     part = plan_step(large.step_of_rank.as_step(phase="step"), "cpu").peak_allocated_bytes
     assert planned_bytes(large, ["naive"]) == whole > part
