@@ -73,10 +73,9 @@ def grid(
     where = resolve_device(device)
     cells: list[grids.Cell[Case]] = []
     for name in planned_sizes:
-        size = model_size(name)
         cells += grids.product(
             Case,
-            **{field.name: getattr(size, field.name) for field in dataclasses.fields(size)} | {"context_length": 1},
+            **dataclasses.asdict(model_size(name, context_length=1)),
             phase=planned_phases,
             autocast=planned_autocast,
             gpus=[tuple(gpus)],

@@ -275,13 +275,9 @@ def predict(cases: Sequence[Case], peaks: Peaks) -> pd.DataFrame:
     rows = []
     for case in cases:
         for phase in case.phases:
-            predicted = transformer_step.predict([transformer_step.Case(**_fields(case.step(phase)))], peaks)
+            predicted = transformer_step.predict([transformer_step.Case(**dataclasses.asdict(case.step(phase)))], peaks)
             rows.append(predicted)
     return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame()
-
-
-def _fields(step: StepConfig) -> dict[str, Any]:
-    return {field.name: getattr(step, field.name) for field in dataclasses.fields(StepConfig)}
 
 
 def summarise(

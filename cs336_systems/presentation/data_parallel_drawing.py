@@ -14,6 +14,9 @@ from cs336_systems.experiments.data_parallel import BYTES_PER_MB
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_LANES = {"compute": COLOURS[4], "communication": COLOURS[0]}
+_LABELS = ("computation", "communication")
+
 
 def case_name(row: pd.Series) -> str:
     """What the title of a panel, a note and a sentence call a case."""
@@ -41,9 +44,9 @@ def draw_steps(summary: pd.DataFrame) -> Figure:
         for panel, rows in zip(drawing.subplots(len(cases), squeeze=False)[:, 0], cases, strict=True):
             places = np.arange(len(rows))[::-1]
             exposed = rows["exposed_ms"].fillna(0).clip(lower=0)
-            panel.barh(places, rows["mean_ms"] - exposed, color=COLOURS[4], label="as a rank alone")
-            left = rows["mean_ms"] - exposed
-            panel.barh(places, exposed, left=left, color=COLOURS[0], label="exposed communication")
+            alone = rows["mean_ms"] - exposed
+            panel.barh(places, alone, color=COLOURS[4], label="as a rank alone")
+            panel.barh(places, exposed, left=alone, color=COLOURS[0], label="exposed communication")
             panel.errorbar(rows["mean_ms"], places, xerr=rows["std_ms"], fmt="none", ecolor=COLOURS[1], capsize=2)
             panel.set(yticks=places, xlabel="step (ms)", title=case_name(rows.iloc[0]))
             panel.set_yticklabels(rows["variant"])
@@ -112,7 +115,3 @@ def draw_timeline(rows: pd.DataFrame) -> Figure:
         handles = [Patch(color=colour, label=label) for colour, label in zip(_LANES.values(), _LABELS, strict=True)]
         drawing.legend(handles=handles, loc="outside upper right", ncols=2)
     return drawing
-
-
-_LANES = {"compute": COLOURS[4], "communication": COLOURS[0]}
-_LABELS = ("computation", "communication")

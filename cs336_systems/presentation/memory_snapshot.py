@@ -335,7 +335,7 @@ def _draw_bands(axes: Axes, drawn: Outline, stacked: Sequence[Band], scale: Scal
 
 def _wrapped(label: str, most: int = 34) -> str:
     """A label in two lines at most, the rest of it cut off."""
-    return "\n".join(textwrap.wrap(label, most, max_lines=2, placeholder=" …"))
+    return textwrap.fill(label, most, max_lines=2, placeholder=" …")
 
 
 def _mark_peak(axes: Axes, drawn: Outline, scale: Scale, place: float) -> None:
